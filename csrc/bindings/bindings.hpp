@@ -1,0 +1,8 @@
+// The only folder of csrc that sees Python. One function per part, called by module.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace tinylm {
+
+}  // namespace tinylm

@@ -1,0 +1,1 @@
+"""Text to ids and back: a word-level and a byte-level BPE tokenizer behind one interface."""
