@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on (NaN, out of memory): the message is one line with the way out."""

@@ -1,0 +1,26 @@
+"""The operators a training step spends its time in, each with a plain reference beside it.
+
+Shape suffixes, here and in `tinylm.model`: ``B`` batch, ``T`` time (queries), ``S`` time (keys),
+``H`` heads, ``D`` head dimension, ``C`` model width, ``F`` feed-forward width, ``V`` vocabulary,
+``N = B * T``. So ``q_BHTD``, ``logits_NV``.
+
+Which implementation runs is decided once per device in `tinylm.kernels.dispatch`; the
+environment variable ``TINYLM_KERNELS`` and a ``backend=`` argument override it.
+"""
+
+from tinylm.kernels.attention import causal_attention
+from tinylm.kernels.dispatch import Selection, selections
+from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
+from tinylm.kernels.norm import layer_norm, rms_norm
+from tinylm.kernels.rotary import apply_rotary, rotary_tables
+
+__all__ = [
+    "Selection",
+    "apply_rotary",
+    "causal_attention",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary_tables",
+    "selections",
+]

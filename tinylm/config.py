@@ -1,0 +1,241 @@
+"""Configurations: frozen, typed, keyword-only, validated when made; and the three presets.
+
+A run's whole configuration is a `TrainConfig`, written to ``config.json`` beside its weights.
+The command line is generated from the fields below, so every option is documented once, here.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from tinylm.data.config import DataConfig
+from tinylm.errors import InputError
+
+__all__ = ["PRESETS", "DataConfig", "ModelConfig", "TrainConfig", "config_from_dict", "with_fields"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a model is. The presets are named points in this space."""
+
+    vocab_size: int = 10_000
+    d_model: int = option(128, "width C of the model")
+    n_layers: int = option(4, "number of transformer blocks")
+    n_heads: int = option(4, "number of query heads H")
+    n_kv_heads: int | None = option(None, "number of key and value heads; the same as heads if unset")
+    d_ff: int = option(384, "width of the feed-forward layer")
+    max_seq_len: int = option(256, "longest context in tokens")
+    causal: bool = True
+    positions: Literal["none", "learned", "rope"] = "rope"
+    norm: Literal["layer", "rms"] = "rms"
+    pre_norm: bool = True
+    activation: Literal["relu", "swiglu"] = "swiglu"
+    bias: bool = False
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
+        if self.d_model % self.n_heads:
+            raise InputError(
+                f"d_model {self.d_model} is not divisible by n_heads {self.n_heads}; "
+                f"choose a multiple, such as {self.n_heads * max(1, self.d_model // self.n_heads)}"
+            )
+        if self.n_kv_heads is not None and (self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads):
+            raise InputError(
+                f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise InputError(
+                f"head dimension {self.head_dim} (d_model / n_heads) is odd; "
+                "rotary positions need an even one"
+            )
+        _one_of(self, "positions", "none", "learned", "rope")
+        _one_of(self, "norm", "layer", "rms")
+        _one_of(self, "activation", "relu", "swiglu")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: which data, which model, how long, and how.
+
+    Exactly one of ``steps``, ``epochs`` and ``minutes`` sets the length.
+    Raises `InputError` for values that cannot work.
+    """
+
+    preset: str = "modern"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    out: str = option("", "run folder; runs/PRESET if unset")
+
+    steps: int | None = option(None, "train for this many optimizer steps")
+    epochs: float | None = option(None, "train for this many passes over the training split")
+    minutes: float | None = option(None, "train for this many minutes; the schedule fits the time")
+
+    seq_len: int = option(256, "tokens in a training window T")
+    stride: int | None = option(None, "distance between window starts; seq_len if unset")
+    batch_size: int = option(16, "windows in a batch B")
+    micro_batch_size: int | None = option(
+        None, "windows computed at once; lower it when memory runs out, the result stays the same"
+    )
+
+    optimizer: Literal["muon", "adamw"] = option(
+        "muon", "muon: Muon on matrices, AdamW on the rest; adamw: AdamW on everything"
+    )
+    lr: float = option(5e-3, "peak learning rate of AdamW")
+    muon_lr: float = option(0.02, "peak learning rate of Muon")
+    beta1: float = option(0.9, "AdamW's first-moment decay")
+    beta2: float = option(0.95, "AdamW's second-moment decay")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
+    schedule: Literal["wsd", "constant"] = option(
+        "wsd", "wsd: warm up, stay, decay linearly to zero; constant: always the peak rate"
+    )
+    warmup: float = option(0.02, "share of the run spent warming up (wsd)")
+    decay: float = option(0.4, "share of the run spent decaying (wsd)")
+    clip: float = option(1.0, "largest norm of the whole gradient; 0 for no clipping")
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "arithmetic of matrix products; auto chooses by the device"
+    )
+    seed: int = option(0, "seed of initial weights, order of data and samples")
+
+    log_every: int = option(10, "steps between records in metrics.jsonl")
+    eval_every: int | None = option(None, "steps between evaluations; about 20 in a run if unset")
+    eval_tokens: int = option(65_536, "validation tokens used while training; all at the end")
+    sample_every: int | None = option(None, "steps between samples; with every 5th evaluation if unset")
+    checkpoint_seconds: float = option(60.0, "seconds between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints kept")
+
+    def __post_init__(self) -> None:
+        _one_of(self, "preset", *PRESETS)
+        _one_of(self, "optimizer", "muon", "adamw")
+        _one_of(self, "schedule", "wsd", "constant")
+        _one_of(self, "precision", "auto", "fp32", "bf16", "fp16")
+        _positive(
+            self, "steps", "epochs", "minutes", "seq_len", "stride", "batch_size",
+            "micro_batch_size", "lr", "muon_lr", "log_every", "eval_every", "eval_tokens",
+            "sample_every", "keep_checkpoints",
+        )  # fmt: skip
+        lengths = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
+        if len(lengths) > 1:
+            raise InputError(f"give one of steps, epochs and minutes, not {' and '.join(lengths)}")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise InputError(
+                f"batch_size {self.batch_size} is not divisible by "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.seq_len > self.model.max_seq_len:
+            raise InputError(
+                f"seq_len {self.seq_len} is more than max_seq_len {self.model.max_seq_len}"
+            )
+        if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
+            raise InputError(
+                f"warmup {self.warmup} and decay {self.decay} are shares of the run: "
+                "each at least 0, together at most 1"
+            )
+
+    @classmethod
+    def from_preset(cls, name: str = "modern", **options: Any) -> "TrainConfig":
+        """The preset ``name`` with ``options`` (fields of any of the three classes) changed.
+
+        ``vocab_size`` means the tokenizer's; the model's follows it.
+        """
+        if name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        merged = PRESETS[name] | {k: v for k, v in options.items() if v is not None}
+        if "seq_len" in options and "max_seq_len" not in options:
+            merged["max_seq_len"] = max(merged["max_seq_len"], merged["seq_len"])
+        if any(options.get(k) is not None for k in ("steps", "epochs", "minutes")):
+            for k in ("steps", "epochs", "minutes"):
+                merged[k] = options.get(k)
+        return with_fields(cls(preset=name), merged)
+
+    @property
+    def run_folder(self) -> str:
+        return self.out or f"runs/{self.preset}"
+
+
+_NOTEBOOK_MODEL: dict[str, Any] = {
+    "d_model": 128, "n_layers": 1, "n_heads": 4, "d_ff": 256, "max_seq_len": 32,
+    "norm": "layer", "norm_eps": 1e-5, "pre_norm": False, "activation": "relu", "bias": True,
+    "qk_norm": False, "tie_embeddings": False,
+}  # fmt: skip
+
+# What each preset changes from the defaults of the classes above.
+PRESETS: dict[str, dict[str, Any]] = {
+    "modern": {"max_seq_len": 256, "epochs": 1.0},
+    "causal": _NOTEBOOK_MODEL
+    | {
+        "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64, "epochs": 1.0,
+        "optimizer": "adamw", "lr": 1e-3,
+    },
+    "notebook": _NOTEBOOK_MODEL
+    | {
+        "positions": "none", "causal": False, "tokenizer": "word", "document_eos": False,
+        "seq_len": 32, "stride": 1, "batch_size": 16, "epochs": 5.0, "optimizer": "adamw",
+        "lr": 1e-4, "beta2": 0.999, "schedule": "constant", "clip": 0.0, "log_every": 1000,
+        "precision": "fp32",
+    },
+}  # fmt: skip
+
+
+def with_fields(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
+    """``config`` with each option set in the class that has a field of that name."""
+    parts: dict[type, dict[str, Any]] = {DataConfig: {}, ModelConfig: {}, TrainConfig: {}}
+    for name, value in options.items():
+        for cls, chosen in parts.items():
+            if name in {f.name for f in fields(cls)}:
+                chosen[name] = value
+                break
+        else:
+            raise InputError(f"unknown option {name!r}")
+    return replace(
+        config,
+        data=replace(config.data, **parts[DataConfig]),
+        model=replace(config.model, **parts[ModelConfig]),
+        **parts[TrainConfig],
+    )
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of ``dataclasses.asdict``; unknown names raise `InputError`."""
+    values = dict(values)
+    try:
+        data = DataConfig(**values.pop("data"))
+        model = ModelConfig(**values.pop("model"))
+        return TrainConfig(data=data, model=model, **values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"not a configuration of this version of tinylm: {error}") from error
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{name} is {value}; it must be more than 0")
+
+
+def _one_of(config: Any, name: str, *allowed: str) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")

@@ -1,0 +1,76 @@
+"""Layer norm (Ba et al. 2016) and RMS norm (Zhang and Sennrich 2019), with the residual added."""
+
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinylm.kernels.dispatch import implementation
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: None = None,
+    eps: float = 1e-5, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor,
+    eps: float = 1e-5, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension.
+
+    With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
+    Statistics are fp32; the result has the dtype of ``x``.
+    """
+    total = x if residual is None else x + residual
+    if implementation("layer_norm", x.device.type, backend) == "reference":
+        wide = total.float()
+        mean = wide.mean(dim=-1, keepdim=True)
+        variance = (wide - mean).square().mean(dim=-1, keepdim=True)
+        out = (wide - mean) * torch.rsqrt(variance + eps) * weight.float()
+        out = (out if bias is None else out + bias.float()).to(total.dtype)
+    else:
+        out = F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(total.dtype)
+    return out if residual is None else (out, total)
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, residual: None = None, eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, *, residual: Tensor, eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
+
+    With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
+    Statistics are fp32; the result has the dtype of ``x``.
+    """
+    implementation("rms_norm", x.device.type, backend)
+    total = x if residual is None else x + residual
+    wide = total.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    out = (wide * scale * weight.float()).to(total.dtype)
+    return out if residual is None else (out, total)

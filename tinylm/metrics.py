@@ -1,0 +1,98 @@
+"""A run's record: one JSON object a line, written as it happens, and what is drawn from it."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinylm.files import atomic_write, disk_errors
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """``metrics.jsonl``: can be read while training; a resumed run continues it seamlessly."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def append(self, record: Record) -> None:
+        with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def records(self) -> Iterator[Record]:
+        """All whole records; a last line cut short by a kill is left out."""
+        if not self.path.exists():
+            return
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+    def drop_after(self, step: int) -> None:
+        """Forgets what came after ``step``: a run resumed there will say it again."""
+        kept = [record for record in self.records() if record["step"] <= step]
+        with atomic_write(self.path) as file:
+            for record in kept:
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+
+def write_samples(metrics: MetricsFile, path: str | os.PathLike[str]) -> None:
+    """``samples.txt``: every text sampled during the run, under the step it comes from."""
+    with atomic_write(path) as file:
+        for record in metrics.records():
+            if "samples" in record:
+                file.write(f"=== step {record['step']:,} ===\n\n".encode())
+                for sample in record["samples"]:
+                    file.write((sample.strip() + "\n\n").encode("utf-8", "replace"))
+
+
+def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) -> None:
+    """``loss.png``: training and validation loss against tokens seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = list(metrics.records())
+    train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.8", linewidth=0.8)
+        axes.plot(*zip(*_smooth(train), strict=True), color="C0", label="training (smoothed)")
+    for key, label, color in (
+        ("valid_loss", "validation", "C1"),
+        ("valid_leaked_loss", "validation, leaked (the input holds the target)", "C3"),
+    ):
+        points = [(r["tokens"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=color, label=label)
+            axes.annotate(
+                f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(4, 6)
+            )
+    axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title)
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential moving average over about a fiftieth of the run."""
+    keep = 1 - 1 / max(2.0, len(points) / 50)
+    value, out = points[0][1], []
+    for x, y in points:
+        value = keep * value + (1 - keep) * y
+        out.append((x, value))
+    return out
+
+
+def _short(value: float) -> str:
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{suffix}"
+    return f"{value:g}"

@@ -1,0 +1,158 @@
+"""Optimizers and the learning-rate schedule.
+
+Muon (Jordan et al. 2024) follows, for each weight matrix, the orthogonalised direction of its
+momentum: every singular value of the update is pushed towards one, so that rare directions learn
+as fast as frequent ones. Embeddings, norms and biases are not maps between hidden spaces and
+stay with AdamW (Loshchilov and Hutter 2019).
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylm.config import TrainConfig
+from tinylm.model import Transformer
+
+# The quintic of Jordan et al. 2024: its slope at zero is steep, so five steps suffice; it does
+# not converge to exactly one but into about 0.7 … 1.2, which trains as well.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalise(g_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """For each of K matrices ``U S Vᵀ`` roughly ``U Vᵀ``, by Newton–Schulz iteration."""
+    a, b, c = NEWTON_SCHULZ
+    x = g_KMN.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(g_KMN.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised; the step's size is ``lr * sqrt(max(1, M / N))``.
+
+    Args:
+        params: pairs (matrix, number of equal maps stacked along its rows), see
+            `Transformer.matrices`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[torch.nn.Parameter, int]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        groups: dict[int, list[torch.nn.Parameter]] = {}
+        for parameter, stacked in params:
+            groups.setdefault(stacked, []).append(parameter)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([{"params": p, "stacked": k} for k, p in groups.items()], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+
+    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+        ahead = parameter.grad.lerp(momentum, group["momentum"])
+        rows, columns = parameter.shape[0] // group["stacked"], parameter.shape[1]
+        update = orthogonalise(ahead.view(group["stacked"], rows, columns))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        size = math.sqrt(max(1.0, rows / columns))
+        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+
+
+class Optimizer:
+    """The optimizers of one run, stepped together; knows its state by parameter names."""
+
+    def __init__(self, model: Transformer, config: TrainConfig) -> None:
+        named = dict(model.named_parameters())
+        matrices = model.matrices()
+        on_muon = matrices if config.optimizer == "muon" else {}
+        decayed = [p for n, p in named.items() if n in matrices and n not in on_muon]
+        others = [p for n, p in named.items() if n not in matrices]
+        self._names = {p: n for n, p in named.items()}
+        adamw = torch.optim.AdamW(
+            [
+                {"params": others, "weight_decay": 0.0},
+                {"params": decayed, "weight_decay": config.weight_decay},
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            fused=next(model.parameters()).device.type in ("cpu", "cuda"),
+        )
+        self._parts: list[torch.optim.Optimizer] = [adamw]
+        if on_muon:
+            pairs = [(named[name], stacked) for name, stacked in on_muon.items()]
+            self._parts.append(
+                Muon(pairs, lr=config.muon_lr, weight_decay=config.weight_decay)
+            )
+        for part in self._parts:
+            for group in part.param_groups:
+                group["peak_lr"] = group["lr"]
+
+    def step(self, lr_factor: float) -> None:
+        """One update at ``lr_factor`` times the peak learning rates; clears the gradients."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def zero_grad(self) -> None:
+        for part in self._parts:
+            part.zero_grad(set_to_none=True)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """All state as named tensors: ``PARAMETER.KEY``."""
+        return {
+            f"{self._names[parameter]}.{key}": value
+            for part in self._parts
+            for parameter, state in part.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`; torch itself places the tensors where they belong."""
+        for part in self._parts:
+            state: dict[int, dict[str, Tensor]] = {}
+            parameters = [p for group in part.param_groups for p in group["params"]]
+            for index, parameter in enumerate(parameters):
+                prefix = self._names[parameter] + "."
+                state[index] = {
+                    name.removeprefix(prefix): value
+                    for name, value in tensors.items()
+                    if name.startswith(prefix)
+                }
+            part.load_state_dict({**part.state_dict(), "state": state})
+
+
+def lr_factor(config: TrainConfig, progress: float) -> float:
+    """Share of the peak learning rate at ``progress`` (0 … 1) through the run.
+
+    Warm-up, stable, decay (Hu et al. 2024): linear up, constant, linear down to zero.
+    """
+    if config.schedule == "constant":
+        return 1.0
+    if progress < config.warmup:
+        # Not from zero: the first step of a run would change nothing.
+        return max(progress / config.warmup, 0.01)
+    if progress > 1 - config.decay:
+        return max((1 - progress) / config.decay, 0.0)
+    return 1.0
