@@ -1,0 +1,77 @@
+"""What runs here and why, and what to do about what is missing."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from tinylm import __version__
+from tinylm.device import choose_device, cpu_flags
+from tinylm.kernels import selections
+from tinylm.tokenizer import implementation
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "datasets", "tqdm", "matplotlib")
+OPTIONAL = {"triton": "comes with CUDA builds of torch", "zstandard": "needed for .jsonl.zst: pip install zstandard"}  # fmt: skip
+CPU_FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16")
+
+
+def lines(device: str = "auto") -> Iterator[str]:
+    """The report of ``tinylm doctor``, line by line."""
+    import torch
+
+    yield f"tinylm        {__version__}"
+    yield f"python        {platform.python_version()} on {platform.platform()}"
+    for package in (*PACKAGES, "zstandard"):
+        yield f"{package:13} {_version(package)}"
+    yield ""
+    yield f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_cpu()}"
+    yield f"cuda          {_cuda()}"
+    chosen = choose_device(device)
+    yield f"device        {chosen}"
+    yield ""
+    name, why = implementation()
+    yield f"tokenizer     {name}: {why}"
+    for selection in selections(chosen.type):
+        yield f"{selection.operator:21} {selection.implementation}: {selection.reason}"
+    advice = list(_advice(name, chosen.type))
+    if advice:
+        yield ""
+    for line in advice:
+        yield f"advice        {line}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"not installed ({OPTIONAL.get(package, 'pip install ' + package)})"
+
+
+def _cpu() -> str:
+    known = [flag for flag in CPU_FLAGS if flag in cpu_flags()]
+    return f"{platform.machine()}" + (f" with {', '.join(known)}" if known else "")
+
+
+def _cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"built for CUDA {torch.version.cuda}, but no GPU or driver is found"
+    names = (
+        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB, "
+        f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    )
+    return f"CUDA {torch.version.cuda}: " + "; ".join(names)
+
+
+def _advice(tokenizer: str, device: str) -> Iterator[str]:
+    if tokenizer == "python":
+        yield (
+            "the Python tokenizers are tens of times slower; install a C++17 compiler and "
+            "install tinylm again to build the compiled ones"
+        )
+    if device == "cpu":
+        yield "training runs on the CPU; a GPU with a CUDA build of torch is many times faster"
