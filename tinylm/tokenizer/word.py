@@ -52,13 +52,15 @@ class WordTokenizer:
         """``words`` are those after ``<UNK>`` and ``<EOS>``, in the order of their ids from 2.
 
         Raises:
-            InputError: a word is there twice, or is a special token.
+            InputError: a word is there twice, is a special token, or holds a space.
         """
         self._pieces = [UNK, EOS, *words]
         self._vocab = {piece: i for i, piece in enumerate(self._pieces)}
         if len(self._vocab) != len(self._pieces):
             twice = next(p for i, p in enumerate(self._pieces) if self._vocab[p] != i)
             raise InputError(f"the word {twice!r} is in the vocabulary twice")
+        if spaced := next((piece for piece in self._pieces if " " in piece), None):
+            raise InputError(f"the word {spaced!r} holds a space, so no text could have it")
         module = compiled()
         encoder = word_reference.WordEncoder if module is None else module.WordEncoder
         self._encoder = encoder(self._vocab)
@@ -154,9 +156,9 @@ class WordTokenizer:
         and the literal texts ``<UNK>`` and ``<EOS>``, which are special tokens there and words
         here. Its ``decode`` leaves special tokens out unless told otherwise.
 
-        Words with lone surrogates, which JSON cannot carry, are kept as code points in a field
-        of their own, ``surrogate_words``. ``tokenizers`` skips it, and cannot be given text that
-        holds such words.
+        Words with lone surrogates, which JSON cannot carry, are written as code points, such as
+        ``" U+0078 U+D800"``: with a space, which no word has. ``tokenizers`` cannot be given text
+        that holds such words, so there they just keep their ids.
 
         Raises:
             InputError: the file cannot be written; what was there before is then untouched.
@@ -210,7 +212,6 @@ def _to_json(vocab: Mapping[str, int]) -> dict[str, Any]:
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     eos = {"SpecialToken": {"id": EOS, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    surrogate_words = {i: [ord(c) for c in word] for word, i in vocab.items() if _surrogates(word)}
     return {
         "version": "1.0",
         "truncation": None,
@@ -230,15 +231,26 @@ def _to_json(vocab: Mapping[str, int]) -> dict[str, Any]:
         "decoder": None,  # joins with spaces
         "model": {
             "type": "WordLevel",
-            "vocab": {word: i for word, i in vocab.items() if i not in surrogate_words},
+            "vocab": {_to_key(word): i for word, i in vocab.items()},
             "unk_token": UNK,
         },
-        **({"surrogate_words": surrogate_words} if surrogate_words else {}),
     }
 
 
-def _surrogates(word: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in word)
+def _to_key(word: str) -> str:
+    """The word as valid Unicode, which keys in ``tokenizer.json`` have to be."""
+    if not any("\ud800" <= c <= "\udfff" for c in word):
+        return word
+    return "".join(f" U+{ord(c):04X}" for c in word)
+
+
+def _to_word(key: str) -> str:
+    if not key.startswith(" "):
+        return key
+    try:
+        return "".join(chr(int(code.removeprefix("U+"), 16)) for code in key.split())
+    except (OverflowError, ValueError) as error:
+        raise InputError(f"the word {key!r} is not a list of code points") from error
 
 
 def _words_of(content: Mapping[str, Any]) -> list[str]:
@@ -255,17 +267,7 @@ def _words_of(content: Mapping[str, Any]) -> list[str]:
     for token, id_ in ((UNK, UNK_ID), (EOS, EOS_ID)):
         if vocab.get(token) != id_:
             raise InputError(f"the special token {token} is missing or its id is not {id_}")
-    by_id = _surrogate_words(content)
-    size = len(vocab) + len(by_id)
-    by_id |= {i: word for word, i in vocab.items()}
-    if sorted(by_id) != list(range(size)):
-        raise InputError(f"the ids of the {size} words are not 0 to {size - 1}, each once")
-    return [by_id[i] for i in range(2, size)]
-
-
-def _surrogate_words(content: Mapping[str, Any]) -> dict[int, str]:
-    words = content.get("surrogate_words", {})
-    try:
-        return {int(i): "".join(map(chr, code_points)) for i, code_points in words.items()}
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
-        raise InputError("surrogate_words does not map ids to lists of code points") from error
+    by_id = {i: _to_word(key) for key, i in vocab.items()}
+    if sorted(by_id) != list(range(len(vocab))):
+        raise InputError(f"the ids of the {len(vocab)} words are not 0 to {len(vocab) - 1}")
+    return [by_id[i] for i in range(2, len(vocab))]
