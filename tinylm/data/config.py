@@ -1,0 +1,78 @@
+"""What to prepare, and how: the settings that decide the content of a data folder."""
+
+from dataclasses import dataclass
+
+from tinylm.errors import InputError
+
+DEFAULT_VOCAB_SIZE = {"word": 10_000, "bpe": 8_192}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens.
+
+    Attributes:
+        data: a Hugging Face data-set id (``owner/name[:config[:split]]``), a ``.txt``, ``.jsonl``,
+            ``.jsonl.gz``, ``.jsonl.zst`` or ``.parquet`` file, a folder or a glob of these, or
+            ``builtin`` for the documentation and sources of Python's standard library.
+        valid: a second source of the same forms for validation; ``None`` splits ``data``.
+        text_field: the field of a record (jsonl, parquet, data set) that holds its text.
+        errors: ``strict`` stops at text that is not valid Unicode, ``replace`` puts U+FFFD there.
+        tokenizer: ``bpe`` or ``word`` to train one, or the path of a ``tokenizer.json``.
+        vocab_size: entries of the vocabulary to train; ``None`` is 8,192 for BPE and 10,000 for
+            words. Not allowed with a ready tokenizer, which has its own.
+        valid_fraction: share of the documents that go to validation when ``valid`` is ``None``.
+        document_eos: end each document with ``<EOS>``; ``False`` makes each split one stream with
+            a single ``<EOS>`` at its very end.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
+
+    data: str = "NeelNanda/pile-10k"
+    valid: str | None = None
+    text_field: str = "text"
+    errors: str = "strict"
+    tokenizer: str = "bpe"
+    vocab_size: int | None = None
+    valid_fraction: float = 0.05
+    document_eos: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("data", "text_field", "tokenizer"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty; give it a value or leave it out")
+        if self.valid == "":
+            raise InputError("valid is empty; give a source or leave it out to split data")
+        if self.errors not in ("strict", "replace"):
+            raise InputError(f"errors is {self.errors!r}; it must be 'strict' or 'replace'")
+        if not 0.0 < self.valid_fraction < 1.0:
+            raise InputError(
+                f"valid_fraction is {self.valid_fraction}; it must be between 0 and 1, such as 0.05"
+            )
+        if self.vocab_size is not None:
+            self._check_vocab_size(self.vocab_size)
+
+    def _check_vocab_size(self, vocab_size: int) -> None:
+        if not self.trains_tokenizer:
+            raise InputError(
+                f"vocab_size is {vocab_size}, but the tokenizer in {self.tokenizer} is already"
+                " trained; leave vocab_size out"
+            )
+        least = 3 if self.tokenizer == "word" else 257
+        if vocab_size < least:
+            raise InputError(
+                f"vocab_size is {vocab_size}; a {self.tokenizer} vocabulary needs at least {least}"
+            )
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a tokenizer is trained, rather than read from a file."""
+        return self.tokenizer in DEFAULT_VOCAB_SIZE
+
+    @property
+    def target_vocab_size(self) -> int | None:
+        """The vocabulary size to train, defaults filled in; ``None`` with a ready tokenizer."""
+        if not self.trains_tokenizer:
+            return None
+        return self.vocab_size or DEFAULT_VOCAB_SIZE[self.tokenizer]
