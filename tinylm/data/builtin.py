@@ -40,17 +40,21 @@ class BuiltinSource(Source):
             raise InputError(
                 f"builtin: no Python sources in {self._library}; use a local text file instead"
             )
-        # Each module is read twice.
-        self.total_bytes = 2 * sum(path.stat().st_size for path in self._modules)
+        self._documents: list[str] | None = None
+        self.total_bytes = sum(path.stat().st_size for path in self._modules)
 
     def documents(self) -> Iterator[str]:
         self._position = position = Position()
-        yield from self._topics()
-        for extract in (_documentation, _source_alone):
+        if self._documents is None:
+            # Parsing costs seconds and every corpus is read twice, so the text is kept: 10 MB.
+            prose, code = list(self._topics()), []
             for path in self._modules:
-                if text := extract(path):
-                    yield text
+                documentation, source = _split_module(path)
+                prose.append(documentation)
+                code.append(source)
                 position.finish_file(path.stat().st_size)
+            self._documents = [text for text in prose + code if text]
+        yield from self._documents
 
     def fingerprint(self, cache_dir: Path) -> str:
         digest = blake2b(digest_size=32)
@@ -76,54 +80,50 @@ class BuiltinSource(Source):
             yield topics[name]
 
 
-def _parse(path: Path) -> tuple[str, ast.Module] | None:
+def _split_module(path: Path) -> tuple[str, str]:
+    """The documentation strings of a module, and its source without them."""
     try:
         with tokenize.open(path) as file:
             text = file.read()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in old code
-            return text, ast.parse(text)
+            tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError, ValueError):
-        return None
+        return "", ""
+    documented = _documented(tree)
+    return _documentation(path.stem, documented), _source_alone(text, documented)
 
 
-def _documented(tree: ast.Module) -> Iterator[tuple[_Documented, ast.Expr]]:
-    """Nodes that have a documentation string, and the statement that holds it, by position."""
+def _documented(tree: ast.Module) -> list[tuple[_Documented, ast.Constant]]:
+    """What has a documentation string, and that string, by position."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
-            statement = node.body[0]
-            assert isinstance(statement, ast.Expr)
-            found.append((node, statement))
-    return iter(sorted(found, key=lambda pair: pair[1].lineno))
+        match node:
+            case ast.Module() | ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+                match node.body:
+                    case [ast.Expr(value=ast.Constant(value=str()) as string), *_]:
+                        found.append((node, string))
+    return sorted(found, key=lambda pair: pair[1].lineno)
 
 
-def _documentation(path: Path) -> str:
-    """The documentation strings of a module, each under the name of what it documents."""
-    parsed = _parse(path)
-    if parsed is None:
-        return ""
+def _documentation(module: str, documented: list[tuple[_Documented, ast.Constant]]) -> str:
+    """The documentation strings, each under the name of what it documents."""
     parts = []
-    for node, statement in _documented(parsed[1]):
-        assert isinstance(statement.value, ast.Constant)
-        text = inspect.cleandoc(str(statement.value.value))
-        # One word, such as a name again, is no prose.
+    for node, string in documented:
+        text = inspect.cleandoc(str(string.value))
+        # One word, such as the name again, is no prose.
         if len(text.split()) > 1:
-            name = path.stem if isinstance(node, ast.Module) else node.name
+            name = module if isinstance(node, ast.Module) else node.name
             parts.append(f"{name}\n\n{text}\n")
     return "\n".join(parts)
 
 
-def _source_alone(path: Path) -> str:
-    """A module's source without its documentation strings."""
-    parsed = _parse(path)
-    if parsed is None:
-        return ""
-    text, tree = parsed
-    lines = text.split("\n")
-    for _, statement in _documented(tree):
-        first, last = statement.lineno - 1, (statement.end_lineno or statement.lineno) - 1
-        if not lines[first].lstrip().startswith(("'", '"', "r", "R", "u", "U")):
-            continue  # behind other code in one line
-        lines[first : last + 1] = [""] * (last + 1 - first)
-    return "\n".join(lines)
+def _source_alone(text: str, documented: list[tuple[_Documented, ast.Constant]]) -> str:
+    """``text`` without the lines of its documentation strings."""
+    lines: list[str | None] = list(text.split("\n"))
+    for _, string in documented:
+        first, last = string.lineno - 1, (string.end_lineno or string.lineno) - 1
+        # A string behind other code in its line stays.
+        if str(lines[first])[: string.col_offset].strip() == "":
+            lines[first : last + 1] = [None] * (last + 1 - first)
+    return "\n".join(line for line in lines if line is not None)
