@@ -165,7 +165,8 @@ def _keys_of(symbols: npt.NDArray[np.uint64]) -> _Keys:
     keys = np.zeros(len(symbols) - ORDER, dtype=np.uint64)
     for k in range(ORDER + 1):
         keys = keys << np.uint64(_BITS) | symbols[k : len(keys) + k]
-    return keys[symbols[ORDER:] != _START]
+    present: _Keys = keys[symbols[ORDER:] != _START]
+    return present
 
 
 def _batches(words: Sequence[str]) -> Iterator[list[str]]:

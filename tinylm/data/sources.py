@@ -60,9 +60,9 @@ class Source(ABC):
     def fingerprint(self, cache_dir: Path) -> str:
         """A hash that differs when the documents may differ."""
 
-    def state(self) -> object:
-        """Something quick to compute that changes when the source does during a run."""
-        return None
+    def changed(self) -> bool:
+        """Whether the source changed since it was opened, as far as a quick look can tell."""
+        return False
 
 
 class FileSource(Source):
@@ -95,8 +95,8 @@ class FileSource(Source):
         digest.update(f"{self._options.document_chars}".encode())
         return f"files:{digest.hexdigest()}"
 
-    def state(self) -> object:
-        return self._stat()
+    def changed(self) -> bool:
+        return self._stat() != self._states
 
     def _stat(self) -> list[list[int]]:
         try:
