@@ -8,15 +8,10 @@ import dataclasses
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from tinylm.data.config import DataConfig
+from tinylm.data.config import DataConfig, option
 from tinylm.errors import InputError
 
 __all__ = ["PRESETS", "DataConfig", "ModelConfig", "TrainConfig", "config_from_dict", "with_fields"]
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the help text that the command line shows."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +112,7 @@ class TrainConfig:
 
     log_every: int = option(10, "steps between records in metrics.jsonl")
     eval_every: int | None = option(None, "steps between evaluations; about 20 in a run if unset")
-    eval_tokens: int = option(65_536, "validation tokens used while training; all at the end")
+    eval_tokens: int = option(32_768, "validation tokens used while training; all at the end")
     sample_every: int | None = option(None, "steps between samples; with every 5th evaluation if unset")
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints kept")

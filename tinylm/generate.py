@@ -56,7 +56,7 @@ def distribution(logits_V: Tensor, seen: Sequence[int], sampling: Sampling) -> T
         old = logits_V[index]
         penalty = sampling.repetition_penalty
         logits_V = logits_V.index_copy(0, index, torch.where(old > 0, old / penalty, old * penalty))
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # dividing by less would overflow
         return torch.zeros_like(logits_V).index_fill(0, logits_V.argmax(), 1.0)
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     logits_V = (logits_V - logits_V.max()) / sampling.temperature

@@ -26,12 +26,19 @@ class LanguageModel:
         model: the `Transformer`, in eval mode.
         tokenizer: `WordTokenizer` or `BPETokenizer`.
         config: the `TrainConfig` it was trained with.
+        path, tokenizer_path: what it was loaded from; None if made otherwise.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, config: TrainConfig, path: Path | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: TrainConfig,
+        path: Path | None = None,
+        tokenizer_path: Path | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.path, self.tokenizer_path = path, tokenizer_path
 
     def __repr__(self) -> str:
         return (
@@ -145,7 +152,7 @@ def load(
     if folder.suffix == ".pth":
         if tokenizer is None:
             raise InputError(f"{folder} holds weights only; name its tokenizer.json too")
-        model, vocabulary = load_state_dict(folder), load_tokenizer(tokenizer)
+        model = load_state_dict(folder)
         config = replace(TrainConfig.from_preset("notebook"), model=model.config)
     else:
         config = load_config(folder)
@@ -153,13 +160,14 @@ def load(
             raise InputError(f"{folder} has no model.safetensors yet; train it further first")
         tensors, _ = load_tensors(folder / "model.safetensors")
         model = build_model(config.model, tensors, folder / "model.safetensors")
-        vocabulary = load_tokenizer(tokenizer or folder / "tokenizer.json")
+    tokenizer_path = Path(tokenizer or folder / "tokenizer.json")
+    vocabulary = load_tokenizer(tokenizer_path)
     if vocabulary.vocab_size != config.model.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {vocabulary.vocab_size} entries, the model "
             f"{config.model.vocab_size}; they do not belong together"
         )
-    return LanguageModel(model.to(where.torch).eval(), vocabulary, config, folder)
+    return LanguageModel(model.to(where.torch).eval(), vocabulary, config, folder, tokenizer_path)
 
 
 def load_config(folder: Path) -> TrainConfig:

@@ -82,12 +82,12 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential moving average over about a fiftieth of the run."""
-    keep = 1 - 1 / max(2.0, len(points) / 50)
-    value, out = points[0][1], []
-    for x, y in points:
-        value = keep * value + (1 - keep) * y
-        out.append((x, value))
+    """Mean over a centred window of about a twenty-fifth of the run."""
+    reach = len(points) // 50
+    out = []
+    for i, (x, _) in enumerate(points):
+        near = points[max(0, i - reach) : i + reach + 1]
+        out.append((x, sum(y for _, y in near) / len(near)))
     return out
 
 

@@ -1,8 +1,12 @@
 """The result of an evaluation: one dictionary for programs, a few lines for people."""
 
+import json
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from tinylm.data import Dataset
+from tinylm.data import Dataset, encode_documents, open_dataset, prepare
+from tinylm.errors import InputError
 from tinylm.evaluate import EvalText, bits_per_byte, evaluate
 from tinylm.lm import LanguageModel
 
@@ -38,11 +42,60 @@ def evaluate_dataset(
         "context": seq_len,
     }
     if dataset.meta.get("overlap") is not None:
-        result["overlap"] = dataset.meta["overlap"]
+        result["overlap"] = dataset.meta["overlap"]["share"]
     if not lm.model.config.causal:
         leaked = evaluate(lm.model, ids, prefix_only=False, **options)
         result |= {"leaked_loss": leaked.loss, "leaked_top1": leaked.top1 / leaked.tokens}
     return result
+
+
+def evaluate_on(
+    lm: LanguageModel,
+    data: str | None = None,
+    *,
+    text_field: str = "text",
+    errors: str = "strict",
+    seq_len: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """`evaluate_dataset` of a loaded run on any text.
+
+    Args:
+        data: what to evaluate on, as in `tinylm.DataConfig`; None is the run's own validation
+            split. The overlap with the training split is measured where the training data are
+            still in the cache.
+
+    Raises:
+        InputError: the text cannot be read, or the model was loaded without its folder.
+    """
+    folder = lm.path
+    if folder is None:
+        raise InputError("the model has no folder; load it with tinylm.load")
+    own = training_data(folder)
+    if data is None:
+        dataset = own or prepare(lm.config.data, progress=progress)
+    else:
+        assert lm.tokenizer_path is not None
+        spelling = folder / "spelling.safetensors"
+        dataset = encode_documents(
+            data,
+            lm.tokenizer_path,
+            spelling=spelling if spelling.exists() else None,
+            train=None if own is None else own.train,
+            text_field=text_field,
+            errors=errors,
+            document_eos=lm.config.data.document_eos,
+            progress=progress,
+        )
+    return evaluate_dataset(lm, dataset, seq_len=seq_len)
+
+
+def training_data(folder: Path) -> Dataset | None:
+    """The prepared data a run was trained on, if they are still where they were."""
+    with suppress(InputError, OSError, ValueError, KeyError):
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return open_dataset(values["data"]["path"])
+    return None
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:

@@ -123,7 +123,7 @@ def _open_folder(
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
         known = _read_config(folder / "config.json")["data"]
-        if known != dataset.fingerprint:
+        if known["sources"] != dataset.meta["sources"]:
             raise InputError(
                 f"the data have changed since {folder} began; choose another --out, or --fresh"
             )
@@ -138,7 +138,7 @@ def _open_folder(
             "tinylm": __version__,
             "config": dataclasses.asdict(config),
             "requested": dataclasses.asdict(requested),
-            "data": dataset.fingerprint,
+            "data": {"path": str(dataset.path.resolve()), "sources": dataset.meta["sources"]},
         },
     )
 

@@ -1,9 +1,25 @@
-"""From a corpus to memory-mapped token files."""
+"""From a corpus to memory-mapped token files and batches."""
 
-from tinylm.data.config import DataConfig
-from tinylm.data.prepare import encode_documents, prepare
-from tinylm.data.sources import Source, open_source
-from tinylm.data.tokens import Dataset, TokenFile, open_dataset
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinylm.data.config import DataConfig
+    from tinylm.data.prepare import encode_documents, prepare
+    from tinylm.data.sources import Source, open_source
+    from tinylm.data.tokens import Dataset, TokenFile, open_dataset
+
+# Loaded on first use: `tinylm.config` needs only DataConfig, and must not wait for the rest.
+_HOME = {
+    "DataConfig": "config",
+    "Dataset": "tokens",
+    "Source": "sources",
+    "TokenFile": "tokens",
+    "encode_documents": "prepare",
+    "open_dataset": "tokens",
+    "open_source": "sources",
+    "prepare": "prepare",
+}
 
 __all__ = [
     "DataConfig",
@@ -15,3 +31,11 @@ __all__ = [
     "open_source",
     "prepare",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # `prepare` is also a submodule's name: settle it on the function
+    return value

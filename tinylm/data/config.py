@@ -1,8 +1,15 @@
 """What to prepare, and how: the settings that decide the content of a data folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from tinylm.errors import InputError
+
+
+def option(default: Any, help: str) -> Any:  # noqa: A002
+    """A dataclass field with the help text that the command line shows."""
+    return field(default=default, metadata={"help": help})
+
 
 DEFAULT_VOCAB_SIZE = {"word": 10_000, "bpe": 8_192}
 
@@ -11,31 +18,27 @@ DEFAULT_VOCAB_SIZE = {"word": 10_000, "bpe": 8_192}
 class DataConfig:
     """Where the text comes from and how it becomes tokens.
 
-    Attributes:
-        data: a Hugging Face data-set id (``owner/name[:config[:split]]``), a ``.txt``, ``.jsonl``,
-            ``.jsonl.gz``, ``.jsonl.zst`` or ``.parquet`` file, a folder or a glob of these, or
-            ``builtin`` for the documentation and sources of Python's standard library.
-        valid: a second source of the same forms for validation; ``None`` splits ``data``.
-        text_field: the field of a record (jsonl, parquet, data set) that holds its text.
-        errors: ``strict`` stops at text that is not valid Unicode, ``replace`` puts U+FFFD there.
-        tokenizer: ``bpe`` or ``word`` to train one, or the path of a ``tokenizer.json``.
-        vocab_size: entries of the vocabulary to train; ``None`` is 8,192 for BPE and 10,000 for
-            words. Not allowed with a ready tokenizer, which has its own.
-        valid_fraction: share of the documents that go to validation when ``valid`` is ``None``.
-        document_eos: end each document with ``<EOS>``; ``False`` makes each split one stream with
-            a single ``<EOS>`` at its very end.
-
     Raises:
         InputError: a setting is out of its range.
     """
 
-    data: str = "NeelNanda/pile-10k"
-    valid: str | None = None
-    text_field: str = "text"
-    errors: str = "strict"
-    tokenizer: str = "bpe"
-    vocab_size: int | None = None
-    valid_fraction: float = 0.05
+    data: str = option(
+        "NeelNanda/pile-10k",
+        "a Hugging Face data-set id (owner/name[:config[:split]]), a .txt, .jsonl, .jsonl.gz, "
+        ".jsonl.zst or .parquet file, a folder or glob of these, a folder made by `tinylm "
+        "prepare`, or `builtin`: text that comes with Python",
+    )
+    valid: str | None = option(None, "a second source for validation; a share of data if unset")
+    text_field: str = option("text", "field of a record that holds its text")
+    errors: Literal["strict", "replace"] = option(
+        "strict", "strict stops at text that is not valid Unicode, replace puts U+FFFD there"
+    )
+    tokenizer: str = option("bpe", "bpe or word to train one, or the path of a tokenizer.json")
+    vocab_size: int | None = option(
+        None, "entries of the vocabulary; 8,192 for bpe and 10,000 for word if unset"
+    )
+    valid_fraction: float = option(0.05, "share of the documents held out for validation")
+    # False makes each split one stream with a single <EOS> at its very end, as the notebook did.
     document_eos: bool = True
 
     def __post_init__(self) -> None:

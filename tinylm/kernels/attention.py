@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation
+from tinylm.kernels.dispatch import implementation, wide
 
 # A finite stand-in for minus infinity: a row that is masked everywhere stays free of NaN.
 MASKED = -1e30
@@ -62,7 +62,7 @@ def _matmul(
     q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
     """The plain reference. Scores and softmax are fp32 whatever the inputs are."""
-    scores_BHTS = ((q_BHTD * scale) @ k_BHSD.transpose(-1, -2)).float()
+    scores_BHTS = wide((q_BHTD * scale) @ k_BHSD.transpose(-1, -2))
     if mask is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask, MASKED)
     weights_BHTS = torch.softmax(scores_BHTS, dim=-1)

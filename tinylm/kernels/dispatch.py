@@ -4,6 +4,9 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+from torch import Tensor
+
 from tinylm.errors import InputError
 
 ENVIRONMENT_VARIABLE = "TINYLM_KERNELS"
@@ -71,3 +74,8 @@ def implementation(operator: str, device_type: str, backend: str | None) -> str:
 def selections(device_type: str) -> list[Selection]:
     """What runs for every operator on a device type, for ``tinylm doctor``."""
     return [select(operator, device_type) for operator in IMPLEMENTATIONS]
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype of statistics and softmax: fp32, or fp64 where ``x`` is that already."""
+    return x if x.dtype == torch.float64 else x.float()

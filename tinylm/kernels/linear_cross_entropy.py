@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation
+from tinylm.kernels.dispatch import implementation, wide
 
 # Rows of logits alive at once. On a CPU 256 × 10,000 fp32 (10 MB) is the fastest of 64 … 2,048;
 # a GPU wants larger products.
@@ -27,7 +27,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean over N of ``-log softmax(h weightᵀ + bias)[target]``, in nats; a scalar in fp32.
+    """Mean over N of ``-log softmax(h weightᵀ + bias)[target]``, in nats; a scalar in fp32 (fp64 if all is).
 
     Matrix products run in autocast's dtype if it is on, else in the dtype of ``h_NC``; softmax
     and sums are fp32. Rows whose target is ``ignore_index`` count nowhere. With no row left the
@@ -37,7 +37,7 @@ def linear_cross_entropy(
         backend: ``"chunked"`` or ``"reference"``; chosen by device if None.
     """
     if implementation("linear_cross_entropy", h_NC.device.type, backend) == "reference":
-        logits_NV = F.linear(h_NC, weight_VC, bias_V).float()
+        logits_NV = wide(F.linear(h_NC, weight_VC, bias_V))
         return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index)
     device = h_NC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_NC.dtype
@@ -81,20 +81,20 @@ def _forward(
 ) -> Tensor:
     need_h, need_w, need_b = ctx.needs_input_grad[:3]
     dh = torch.zeros_like(h_NC) if need_h else None
-    dw = torch.zeros_like(weight_VC, dtype=torch.float32) if need_w else None
-    db = torch.zeros_like(bias_V, dtype=torch.float32) if need_b and bias_V is not None else None
+    dw = torch.zeros_like(wide(weight_VC)) if need_w else None
+    db = torch.zeros_like(wide(bias_V)) if need_b and bias_V is not None else None
     w = weight_VC.to(dtype)
     b = None if bias_V is None else bias_V.to(dtype)
 
     keep_N = targets_N != ignore_index
     count = keep_N.sum()
-    total = torch.zeros((), dtype=torch.float32, device=h_NC.device)
+    total = h_NC.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
     rows = CHUNK_ROWS.get(h_NC.device.type, 4096)
     for start in range(0, h_NC.shape[0], rows):
         part = slice(start, start + rows)
         h, keep = h_NC[part].to(dtype), keep_N[part]
         target = targets_N[part].where(keep, 0)[:, None]
-        logits = F.linear(h, w, b).float()
+        logits = wide(F.linear(h, w, b))
         lse = torch.logsumexp(logits, dim=-1, keepdim=True)
         loss = (lse - logits.gather(1, target)).squeeze(1)
         total += (loss * keep).sum()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation
+from tinylm.kernels.dispatch import implementation, wide
 
 
 @overload
@@ -35,11 +35,11 @@ def layer_norm(
     """
     total = x if residual is None else x + residual
     if implementation("layer_norm", x.device.type, backend) == "reference":
-        wide = total.float()
-        mean = wide.mean(dim=-1, keepdim=True)
-        variance = (wide - mean).square().mean(dim=-1, keepdim=True)
-        out = (wide - mean) * torch.rsqrt(variance + eps) * weight.float()
-        out = (out if bias is None else out + bias.float()).to(total.dtype)
+        x_wide = wide(total)
+        mean = x_wide.mean(dim=-1, keepdim=True)
+        variance = (x_wide - mean).square().mean(dim=-1, keepdim=True)
+        out = (x_wide - mean) * torch.rsqrt(variance + eps) * wide(weight)
+        out = (out if bias is None else out + wide(bias)).to(total.dtype)
     else:
         out = F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(total.dtype)
     return out if residual is None else (out, total)
@@ -70,7 +70,7 @@ def rms_norm(
     """
     implementation("rms_norm", x.device.type, backend)
     total = x if residual is None else x + residual
-    wide = total.float()
-    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    out = (wide * scale * weight.float()).to(total.dtype)
+    x_wide = wide(total)
+    scale = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
+    out = (x_wide * scale * wide(weight)).to(total.dtype)
     return out if residual is None else (out, total)

@@ -10,9 +10,16 @@ import numpy as np
 from tinylm.errors import InputError
 from tinylm.tokenizer.backend import implementation
 from tinylm.tokenizer.hf_json import read_tokenizer_json
-from tinylm.tokenizer.word import WordTokenizer
+from tinylm.tokenizer.word import WordCounter, WordTokenizer
 
-__all__ = ["BPETokenizer", "Tokenizer", "WordTokenizer", "implementation", "load_tokenizer"]
+__all__ = [
+    "BPETokenizer",
+    "Tokenizer",
+    "WordCounter",
+    "WordTokenizer",
+    "implementation",
+    "load_tokenizer",
+]
 
 
 class Tokenizer(Protocol):

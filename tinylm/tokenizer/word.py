@@ -138,6 +138,10 @@ class WordTokenizer:
         ids, offsets = self._encoder.encode_batch(texts, add_eos, dtype, threads)
         return ids, offsets
 
+    def stream_decoder(self) -> "WordStreamDecoder":
+        """A decoder for ids that come one at a time."""
+        return WordStreamDecoder(self)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The words of ``ids`` with spaces between; ``<UNK>`` where there is no such id.
 
@@ -271,3 +275,18 @@ def _words_of(content: Mapping[str, Any]) -> list[str]:
     if sorted(by_id) != list(range(len(vocab))):
         raise InputError(f"the ids of the {len(vocab)} words are not 0 to {len(vocab) - 1}")
     return [by_id[i] for i in range(2, len(vocab))]
+
+
+class WordStreamDecoder:
+    """Text of ids that come one at a time: each word with the space before it."""
+
+    def __init__(self, tokenizer: WordTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def push(self, token: int) -> str:
+        """The text that ``token`` adds."""
+        return " " + self._tokenizer.id_to_token(token)
+
+    def finish(self) -> str:
+        """What is left at the end: nothing, as words are whole."""
+        return ""

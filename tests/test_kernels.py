@@ -1,0 +1,231 @@
+"""Every implementation of every operator against a float64 reference, forwards and gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinylm import kernels
+from tinylm.errors import InputError
+from tinylm.kernels import dispatch
+
+# Largest error relative to the largest value, by dtype of the inputs. One table for all tests.
+# fp32: rounding of scores or logits of size s moves their exponentials by s · 1.2e-7.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.6e-2}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+LENGTHS = [1, 7, 31, 33, 63, 100]
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, name: str = "", floor: float = 1e-3
+) -> None:
+    """``floor``: the size of what cancels, where little or nothing is left of it."""
+    assert actual.shape == expected.shape, name
+    error = (actual.double() - expected.double()).abs().max()
+    scale = expected.double().abs().max().clamp(min=floor)
+    assert error <= TOLERANCE[dtype] * scale, f"{name}: error {error:.3g}, scale {scale:.3g}"
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def slow_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+    """Position by position, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.zeros_like(q)
+    offset = k.shape[2] - q.shape[2]
+    for t in range(q.shape[2]):
+        end = offset + t + 1 if causal else k.shape[2]
+        scores = torch.einsum("bhd,bhsd->bhs", q[:, :, t], k[:, :, :end]) / math.sqrt(q.shape[-1])
+        out[:, :, t] = torch.einsum("bhs,bhsd->bhd", scores.softmax(-1), v[:, :, :end])
+    return out
+
+
+def gradients(out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    weights = randn(*out.shape, dtype=out.dtype, seed=99)
+    return list(torch.autograd.grad((out * weights).sum(), inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+def test_attention_matches_reference(backend: str, length: int, dtype: torch.dtype) -> None:
+    q, k, v = (randn(2, 3, length, 16, dtype=dtype, seed=i).requires_grad_() for i in range(3))
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    out, expected = kernels.causal_attention(q, k, v, backend=backend), slow_attention(q64, k64, v64)
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype, "out")
+    pairs = zip(gradients(out, q, k, v), gradients(expected, q64, k64, v64), strict=True)
+    for name, (actual, wanted) in zip("qkv", pairs, strict=True):
+        assert_close(actual, wanted, dtype, f"d{name}", floor=1.0)
+
+
+@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 33), (5, 33), (31, 63)])
+def test_attention_of_the_last_queries(backend: str, queries: int, keys: int) -> None:
+    q, k, v = (randn(2, 3, keys, 16, dtype=torch.float32, seed=i) for i in range(3))
+    whole = slow_attention(q, k, v)[:, :, keys - queries :]
+    part = kernels.causal_attention(q[:, :, keys - queries :], k, v, backend=backend)
+    assert_close(part, whole, torch.float32)
+
+
+@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+def test_attention_without_mask(backend: str) -> None:
+    q, k, v = (randn(2, 3, 9, 16, dtype=torch.float32, seed=i) for i in range(3))
+    out = kernels.causal_attention(q, k, v, causal=False, backend=backend)
+    assert_close(out, slow_attention(q, k, v, causal=False), torch.float32)
+
+
+@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+def test_attention_with_fewer_key_heads(backend: str) -> None:
+    q = randn(2, 6, 9, 16, dtype=torch.float32)
+    k, v = (randn(2, 2, 9, 16, dtype=torch.float32, seed=i) for i in (1, 2))
+    out = kernels.causal_attention(q, k, v, backend=backend)
+    wide = (x.repeat_interleave(3, dim=1) for x in (k, v))
+    assert_close(out, slow_attention(q, *wide), torch.float32)
+
+
+@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+def test_no_gradient_flows_from_a_position_to_later_inputs(backend: str) -> None:
+    q, k, v = (randn(1, 2, 12, 16, dtype=torch.float32, seed=i).requires_grad_() for i in range(3))
+    out = kernels.causal_attention(q, k, v, backend=backend)
+    for t in range(12):
+        dk, dv = torch.autograd.grad(out[:, :, t].sum(), (k, v), retain_graph=True)
+        assert (dk[:, :, t + 1 :] == 0).all()
+        assert (dv[:, :, t + 1 :] == 0).all()
+        assert (dv[:, :, : t + 1] != 0).all()
+
+
+def test_attention_ignores_left_padding() -> None:
+    q, k, v = (randn(2, 3, 9, 16, dtype=torch.float32, seed=i) for i in range(3))
+    out = kernels.causal_attention(q, k, v, start_B=torch.tensor([0, 4]))
+    assert_close(out[:1], slow_attention(q[:1], k[:1], v[:1]), torch.float32)
+    real = (x[1:, :, 4:] for x in (q, k, v))
+    assert_close(out[1:, :, 4:], slow_attention(*real), torch.float32)
+    assert (out[1, :, :4] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("width", [1, 31, 128])
+@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["layer_norm"])
+def test_layer_norm(backend: str, width: int, residual: bool, dtype: torch.dtype) -> None:
+    x, other = (randn(5, 3, width, dtype=dtype, seed=i).requires_grad_() for i in range(2))
+    weight, bias = (randn(width, dtype=dtype, seed=i).requires_grad_() for i in (2, 3))
+    total = x + other if residual else x
+    out = kernels.layer_norm(x, weight, bias, residual=other if residual else None, backend=backend)
+    normed = out
+    if isinstance(out, tuple):
+        normed, summed = out
+        assert torch.equal(summed, total)
+    inputs64 = [t.detach().double().requires_grad_() for t in (total, weight, bias)]
+    expected = F.layer_norm(inputs64[0], (width,), *inputs64[1:])
+    assert_close(normed, expected, dtype, "out")
+    if width > 1:  # at width 1 the gradient is 0 and only rounding is left
+        pairs = zip(gradients(normed, x, weight, bias), gradients(expected, *inputs64), strict=True)
+        for actual, wanted in pairs:
+            assert_close(actual, wanted, dtype, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("width", [1, 31, 128])
+def test_rms_norm(width: int, residual: bool, dtype: torch.dtype) -> None:
+    x, other = (randn(5, 3, width, dtype=dtype, seed=i).requires_grad_() for i in range(2))
+    weight = randn(width, dtype=dtype, seed=2).requires_grad_()
+    total = x + other if residual else x
+    out = kernels.rms_norm(x, weight, residual=other if residual else None)
+    normed = out
+    if isinstance(out, tuple):
+        normed, summed = out
+        assert torch.equal(summed, total)
+    wide, weight64 = (t.detach().double().requires_grad_() for t in (total, weight))
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight64
+    assert_close(normed, expected, dtype, "out")
+    if width > 1:
+        pairs = zip(gradients(normed, x, weight), gradients(expected, wide, weight64), strict=True)
+        for actual, wanted in pairs:
+            assert_close(actual, wanted, dtype, "gradient")
+
+
+def test_rotary_turns_pairs_by_their_position() -> None:
+    cos, sin = kernels.rotary_tables(8, 6, theta=100.0)
+    x = randn(1, 1, 8, 6, dtype=torch.float32)
+    out = kernels.apply_rotary(x, cos, sin)
+    for t in range(8):
+        for d in range(3):
+            angle = t * 100.0 ** (-2 * d / 6)
+            a, b = x[0, 0, t, d], x[0, 0, t, d + 3]
+            expected = a * math.cos(angle) - b * math.sin(angle)
+            assert abs(out[0, 0, t, d] - expected) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 31, 100, 600])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["linear_cross_entropy"])
+def test_linear_cross_entropy(backend: str, dtype: torch.dtype, with_bias: bool, rows: int) -> None:
+    h = (randn(rows, 24) / 4).to(dtype).requires_grad_()  # logits of a usual size, 1 to 5
+    weight = randn(97, 24, dtype=dtype, seed=1).requires_grad_()
+    bias = randn(97, dtype=dtype, seed=2).requires_grad_() if with_bias else None
+    targets = torch.arange(rows) * 7 % 97
+    targets[1::5] = -100
+    loss = kernels.linear_cross_entropy(h, weight, targets, bias, backend=backend)
+    inputs = [h, weight] + ([bias] if bias is not None else [])
+    inputs64 = [t.detach().double().requires_grad_() for t in inputs]
+    expected = F.cross_entropy(F.linear(*inputs64[:2], *inputs64[2:]), targets)
+    assert_close(loss, expected, dtype, "loss")
+    actual = torch.autograd.grad(loss * 3, inputs)
+    wanted = torch.autograd.grad(expected * 3, inputs64)
+    for name, a, b in zip(("h", "weight", "bias"), actual, wanted, strict=False):
+        assert_close(a, b, dtype, f"d{name}")
+
+
+def test_linear_cross_entropy_under_autocast_computes_in_bf16() -> None:
+    h, weight = randn(300, 24, dtype=torch.float32), randn(97, 24, dtype=torch.float32, seed=1)
+    h.requires_grad_(), weight.requires_grad_()
+    targets = torch.arange(300) % 97
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = kernels.linear_cross_entropy(h, weight, targets, backend="chunked")
+    exact = F.cross_entropy(F.linear(h.double(), weight.double()), targets)
+    assert loss.dtype == torch.float32
+    assert 0 < abs(loss.item() - exact.item()) < 1e-2
+    dh, dweight = torch.autograd.grad(loss, (h, weight))
+    dh64, dweight64 = torch.autograd.grad(exact, (h, weight))
+    assert dh.dtype == dweight.dtype == torch.float32
+    assert_close(dh, dh64, torch.bfloat16)
+    assert_close(dweight, dweight64, torch.bfloat16)
+
+
+def test_linear_cross_entropy_computes_only_the_gradients_asked_for() -> None:
+    h, weight = randn(9, 24, dtype=torch.float32), randn(97, 24, dtype=torch.float32, seed=1)
+    h.requires_grad_()
+    loss = kernels.linear_cross_entropy(h, weight, torch.arange(9), backend="chunked")
+    loss.backward()
+    assert h.grad is not None
+    assert weight.grad is None
+
+
+def test_environment_variable_chooses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
+    dispatch.select.cache_clear()
+    try:
+        assert dispatch.select("linear_cross_entropy", "cpu").implementation == "reference"
+        assert dispatch.select("causal_attention", "cuda").implementation == "matmul"
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fastest")
+        dispatch.select.cache_clear()
+        with pytest.raises(InputError, match="TINYLM_KERNELS is 'fastest'"):
+            dispatch.select("causal_attention", "cpu")
+    finally:
+        monkeypatch.undo()
+        dispatch.select.cache_clear()
+
+
+def test_unknown_backend_is_named() -> None:
+    x = randn(1, 1, 2, 16, dtype=torch.float32)
+    with pytest.raises(InputError, match="no backend 'flash'"):
+        kernels.causal_attention(x, x, x, backend="flash")
