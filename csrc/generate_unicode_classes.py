@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The White_Space property, unchanged since Unicode 6.3; unicodedata does not offer it.
 WHITE_SPACE = frozenset(
-    (*range(9, 14), 32, 133, 160, 5760, *range(8192, 8203), 8232, 8233, 8239, 8287, 12288)
-)
+    [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F]
+) | {0x205F, 0x3000}
 
 Ranges = list[tuple[int, int]]
 

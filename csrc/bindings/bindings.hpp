@@ -5,4 +5,6 @@
 
 namespace tinylm {
 
+void bind_bpe(pybind11::module_& m);
+
 }  // namespace tinylm
