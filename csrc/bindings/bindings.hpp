@@ -6,5 +6,6 @@
 namespace tinylm {
 
 void bind_bpe(pybind11::module_& m);
+void bind_word(pybind11::module_& m);
 
 }  // namespace tinylm
