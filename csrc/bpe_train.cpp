@@ -86,6 +86,11 @@ void BpeCounter::join_workers() {
   workers_.resize(1);
 }
 
+std::size_t BpeCounter::size() {
+  join_workers();
+  return workers_[0].size();
+}
+
 std::vector<PieceCounter::Entry> BpeCounter::sorted_entries() {
   join_workers();
   std::vector<PieceCounter::Entry> entries = workers_[0].entries();

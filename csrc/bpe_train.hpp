@@ -60,6 +60,9 @@ class BpeCounter {
   // Counts the pieces of `text`, valid UTF-8, in the table of `worker`.
   void add(std::string_view text, int worker);
 
+  // How many distinct pieces there are.
+  std::size_t size();
+
   // All pieces and their counts, in the order of their bytes.
   std::vector<PieceCounter::Entry> sorted_entries();
 

@@ -304,6 +304,12 @@ void bind_bpe(py::module_& m) {
   py::class_<BpeCounter>(m, "BPECounter")
       .def(py::init<>())
       .def("add", &count, py::arg("texts"), py::arg("replace"), py::arg("threads"))
+      .def("__len__",
+           [](BpeCounter& counter) {
+             const py::gil_scoped_release release;
+             const auto lock = counter.lock();
+             return counter.size();
+           })
       .def("items", &counted_items)
       .def("train", &train, py::arg("byte_ids"), py::arg("first_free_id"), py::arg("vocab_size"),
            py::arg("min_frequency"));

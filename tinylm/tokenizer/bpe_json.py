@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from tinylm.errors import InputError
 from tinylm.files import write_json
+from tinylm.tokenizer.hf_json import read_tokenizer_json
 
 EOS = "<|endoftext|>"
 
@@ -61,7 +62,7 @@ class BPEVocabulary:
         return [ids[char] for char in BYTE_TO_CHAR]
 
 
-def write_tokenizer_json(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) -> None:
+def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) -> None:
     """Writes a file that Hugging Face tokenizers reads too. Atomic."""
     names = vocabulary.names
     added_tokens = [
@@ -110,7 +111,7 @@ def write_tokenizer_json(vocabulary: BPEVocabulary, path: str | os.PathLike[str]
     )
 
 
-def read_tokenizer_json(path: str | os.PathLike[str], eos_token: str = EOS) -> BPEVocabulary:
+def read_vocabulary(path: str | os.PathLike[str], eos_token: str = EOS) -> BPEVocabulary:
     """Reads a byte-level BPE ``tokenizer.json``, whoever wrote it.
 
     Raises:
@@ -124,16 +125,9 @@ class _Reader:
     """One file being read; every complaint names it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = path
-        try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not a JSON file: {error}") from error
-        self._content = self._object(content, "the file")
-        self._model = self._object(self._content.get("model"), "model")
+        self._path = os.fspath(path)
+        self._content = read_tokenizer_json(path)
+        self._model: dict[str, Any] = self._content["model"]
 
     def read(self, eos_token: str) -> BPEVocabulary:
         add_prefix_space = self._check_pipeline()
@@ -182,7 +176,7 @@ class _Reader:
         return bool(pre_tokenizer.get("add_prefix_space", True))
 
     def _check_model(self) -> None:
-        if self._model.get("type", "BPE") != "BPE":
+        if self._model["type"] != "BPE":
             self._refuse("model", self._model)
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if self._model.get(key):
@@ -190,7 +184,7 @@ class _Reader:
 
     def _special_tokens(self) -> dict[str, int]:
         """Ids of the added tokens, which must all be special."""
-        specials: dict[str, int] = {}
+        specials: dict[str, Any] = {}
         for token in self._list(self._content.get("added_tokens") or [], "added_tokens"):
             token = self._object(token, "an added token")
             content, token_id = token.get("content"), token.get("id")
@@ -243,7 +237,9 @@ class _Reader:
             for name in (left, right, left + right):
                 if name not in ids or name in specials:
                     kind = "special" if name in specials else "not in model.vocab"
-                    self._fail(f"has a broken merge {number}, {left!r} {right!r}: {name!r} is {kind}")
+                    self._fail(
+                        f"has a broken merge {number}, {left!r} {right!r}: {name!r} is {kind}"
+                    )
             rows.append((ids[left], ids[right], ids[left + right]))
         return last_of_each_pair(rows)
 

@@ -4,6 +4,7 @@ import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,10 @@ class BPECounter:
         for text in encodable:
             self._counts.update(piece.encode() for piece in pretokenize(text))
 
+    def __len__(self) -> int:
+        """How many distinct pieces there are."""
+        return len(self._counts)
+
     def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
         """All pieces in the order of their bytes, and their counts."""
         pieces = sorted(self._counts)
@@ -189,9 +194,7 @@ Pair = tuple[int, int]
 
 
 class _Trainer:
-    def __init__(
-        self, counts: Counter[bytes], byte_ids: Sequence[int], first_free_id: int
-    ) -> None:
+    def __init__(self, counts: Counter[bytes], byte_ids: Sequence[int], first_free_id: int) -> None:
         self._words = [[byte_ids[byte] for byte in piece] for piece in counts]
         self._word_counts = list(counts.values())
         self._spelling = {byte_ids[byte]: bytes([byte]) for byte in range(256)}
@@ -202,7 +205,7 @@ class _Trainer:
         # Entries are (-count, pair, words): the smallest has the highest count, then smallest pair.
         self._queue: list[tuple[int, Pair, set[int]]] = []
         for word, symbols in enumerate(self._words):
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in pairwise(symbols):
                 self._change(pair, word, +1)
         self._push_new_pairs()
 
