@@ -118,13 +118,16 @@ class _Order:
 
     def interpolate(self, keys: _Keys, shorter: _Floats) -> _Floats:
         """p(c | h) of each key, given ``shorter``, its p(c | h')."""
+        if not len(self._keys):
+            return shorter
         keys = keys & self._mask
         place, seen = _find(self._contexts, keys >> np.uint64(_BITS))
+        place = place[seen]
         followers, totals = self._followers[place], self._totals[place]
         place, counted = _find(self._keys, keys[seen])
-        count = np.where(counted, self._counts[place], 0) if len(place) else 0
+        counts = np.where(counted, self._counts[place], 0)
         p = shorter.copy()
-        p[seen] = (count + followers[seen] * shorter[seen]) / (totals[seen] + followers[seen])
+        p[seen] = (counts + followers * shorter[seen]) / (totals + followers)
         return p
 
 
