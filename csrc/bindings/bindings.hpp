@@ -5,4 +5,6 @@
 
 namespace tinylm {
 
+void bind_word(pybind11::module_& m);
+
 }  // namespace tinylm

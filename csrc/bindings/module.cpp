@@ -7,4 +7,5 @@ namespace {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled parts of tinylm.";
   m.attr("unicode_version") = kUnicodeVersion;
+  tinylm::bind_word(m);
 }

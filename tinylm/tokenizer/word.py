@@ -1,66 +1,273 @@
 """Word-level tokenizer: lower-case, split at white space and punctuation, look each word up."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from tinylm.errors import InputError
-from tinylm.files import atomic_write
-from tinylm.tokenizer.word_reference import EOS, EOS_ID, UNK, UNK_ID, WordCounter, WordEncoder
+from tinylm.files import write_json
+from tinylm.tokenizer import word_reference
+from tinylm.tokenizer.backend import check_threads, compiled
+from tinylm.tokenizer.hf_json import read_tokenizer_json
+from tinylm.tokenizer.word_reference import EOS, EOS_ID, UNK, UNK_ID
+
+BATCH_CHARACTERS = 1 << 23  # counted at once: enough to keep all threads busy
+NORMALIZER = {"type": "Lowercase"}
+PRE_TOKENIZER = {
+    "type": "Split",
+    # The same separators as SEPARATORS: Python's \s has \x1c to \x1f, which others' lacks.
+    "pattern": {"Regex": r"""[\s\x1c-\x1f.,!?;:"'()]+"""},
+    "behavior": "Removed",
+    "invert": False,
+}
+
+
+class WordCounter(Protocol):
+    """Counts words: `tinylm.tokenizer.word_reference.WordCounter` or the compiled one."""
+
+    def add(self, texts: Sequence[str], threads: int | None = None) -> None:
+        """Counts the words of ``texts``."""
+
+    def most_common(self, n: int) -> list[str]:
+        """The ``n`` most frequent words, most frequent first, ties by first appearance."""
+
+    def items(self) -> tuple[list[str], np.ndarray]:
+        """All words by first appearance, and their counts (int64)."""
 
 
 class WordTokenizer:
+    """Maps lower-cased words to ids: 0 is ``<UNK>``, any word the vocabulary lacks; 1 is ``<EOS>``.
+
+    Words are the pieces of ``re.split(r'\\s+|[.,!?;:"\\'()]+', text.lower())`` that are not empty.
+    Tokenizers never change, can be pickled, and may be used by several threads at once.
+    """
+
     kind = "word"
     unk_id: int | None = UNK_ID
-    eos_id: int = EOS_ID
+    eos_id = EOS_ID
 
-    def __init__(self, words: Sequence[str]) -> None:
-        """``words`` are those after ``<UNK>`` and ``<EOS>``, in the order of their ids from 2."""
-        self._vocab = {UNK: UNK_ID, EOS: EOS_ID} | {word: 2 + i for i, word in enumerate(words)}
+    def __init__(self, words: Iterable[str]) -> None:
+        """``words`` are those after ``<UNK>`` and ``<EOS>``, in the order of their ids from 2.
+
+        Raises:
+            InputError: a word is there twice, is a special token, or holds a space.
+        """
         self._pieces = [UNK, EOS, *words]
-        self._encoder = WordEncoder(self._vocab)
+        self._vocab = {piece: i for i, piece in enumerate(self._pieces)}
+        if len(self._vocab) != len(self._pieces):
+            twice = next(p for i, p in enumerate(self._pieces) if self._vocab[p] != i)
+            raise InputError(f"the word {twice!r} is in the vocabulary twice")
+        if spaced := next((piece for piece in self._pieces if " " in piece), None):
+            raise InputError(f"the word {spaced!r} holds a space, so no text could have it")
+        module = compiled()
+        encoder = word_reference.WordEncoder if module is None else module.WordEncoder
+        self._encoder = encoder(self._vocab)
 
     @classmethod
-    def from_counter(cls, counter: WordCounter, vocab_size: int = 10_000) -> "WordTokenizer":
-        if vocab_size < 3:
-            raise InputError(f"vocab_size is {vocab_size}; it must be at least 3: <UNK>, <EOS>, words")
-        return cls(counter.most_common(vocab_size - 2))
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 10_000, threads: int | None = None
+    ) -> "WordTokenizer":
+        """A tokenizer with the ``vocab_size - 2`` most frequent words of ``texts``.
 
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int = 10_000, threads: int | None = None) -> "WordTokenizer":
-        counter = WordCounter()
+        Ties are broken by first appearance, so the result does not depend on ``threads`` (None:
+        as many as the machine has). The texts are read once and not kept.
+
+        Raises:
+            InputError: ``vocab_size`` is below 3, or the texts hold no words.
+        """
+        _check_vocab_size(vocab_size)
+        check_threads(threads)
+        counter = cls.counter()
         for batch in _batches(texts):
             counter.add(batch, threads)
         return cls.from_counter(counter, vocab_size)
 
+    @staticmethod
+    def counter() -> WordCounter:
+        """A new, empty counter of the implementation in use, for `from_counter`."""
+        module = compiled()
+        counter: WordCounter = (word_reference if module is None else module).WordCounter()
+        return counter
+
+    @classmethod
+    def from_counter(cls, counter: WordCounter, vocab_size: int = 10_000) -> "WordTokenizer":
+        """A tokenizer with the ``vocab_size - 2`` most frequent words. Raises as `train`."""
+        _check_vocab_size(vocab_size)
+        words = counter.most_common(vocab_size - 2)
+        if not words:
+            raise InputError("the texts to train on hold no words")
+        return cls(words)
+
     @property
     def vocab_size(self) -> int:
+        """How many ids there are; fewer than asked for where the texts had fewer words."""
         return len(self._pieces)
 
     @property
     def vocab(self) -> dict[str, int]:
+        """Every token's id; a copy."""
         return dict(self._vocab)
 
+    def id_to_token(self, id: int) -> str:  # noqa: A002 - the field's name for it
+        """The word of an id; ``<UNK>`` if there is no such id."""
+        return self._pieces[id] if 0 <= id < len(self._pieces) else UNK
+
     def encode(self, text: str, add_eos: bool = True) -> list[int]:
-        ids, _ = self.encode_batch([text], add_eos)
-        return ids.tolist()
+        """The ids of one text, with ``<EOS>`` at the end unless ``add_eos`` is false."""
+        ids, _ = self.encode_batch([text], add_eos, threads=1)
+        values: list[int] = ids.tolist()
+        return values
 
     def encode_batch(
-        self, texts: Sequence[str], add_eos: bool = True, threads: int | None = None
+        self, texts: Iterable[str], add_eos: bool = True, threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts in one array, and where each text starts in it (int64, n + 1).
+
+        Text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``. The ids are uint16 where every id fits,
+        else int32. ``threads`` is how many to use, None as many as the machine has; the result
+        is the same for any number, and other Python threads run meanwhile.
+
+        Raises:
+            InputError: ``texts`` is a single string, or ``threads`` is below 1.
+        """
+        _check_several(texts)
+        check_threads(threads)
         dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
-        return self._encoder.encode_batch(texts, add_eos, dtype, threads)
+        ids, offsets = self._encoder.encode_batch(texts, add_eos, dtype, threads)
+        return ids, offsets
 
     def decode(self, ids: Iterable[int]) -> str:
-        n = len(self._pieces)
-        return " ".join(self._pieces[i] if 0 <= i < n else UNK for i in ids)
+        """The words of ``ids`` with spaces between; ``<UNK>`` where there is no such id.
+
+        ``ids`` may be a list, an array or a tensor. Special tokens are not left out.
+        """
+        values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if values and (min(values) < 0 or max(values) >= len(self._pieces)):
+            return " ".join(map(self.id_to_token, values))
+        return " ".join(map(self._pieces.__getitem__, values))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a ``tokenizer.json`` that Hugging Face's ``tokenizers`` reads as well.
+
+        There, ids are the same but for three things: a word whose last letter is a capital sigma
+        (lower-cased there without regard to its place), letters newer than one side's Unicode,
+        and the literal texts ``<UNK>`` and ``<EOS>``, which are special tokens there and words
+        here. Its ``decode`` leaves special tokens out unless told otherwise.
+
+        Words with lone surrogates, which JSON cannot carry, are written as code points, such as
+        ``" U+0078 U+D800"``: with a space, which no word has. ``tokenizers`` cannot be given text
+        that holds such words, so there they just keep their ids.
+
+        Raises:
+            InputError: the file cannot be written; what was there before is then untouched.
+        """
+        write_json(path, _to_json(self._vocab))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "WordTokenizer":
+        """The tokenizer that `save` wrote to ``path``.
+
+        Raises:
+            InputError: the file cannot be read, or is not a word-level tokenizer as `save` writes.
+        """
+        content = read_tokenizer_json(path)
+        try:
+            return cls(_words_of(content))
+        except InputError as error:
+            raise InputError(f"{os.fspath(path)}: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"WordTokenizer(vocab_size={self.vocab_size})"
+
+    def __reduce__(self) -> tuple[type["WordTokenizer"], tuple[list[str]]]:
+        return type(self), (self._pieces[2:],)
 
 
-def _batches(texts: Iterable[str], size: int = 256) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def _check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < 3:
+        raise InputError(f"vocab_size is {vocab_size}; it must be at least 3: <UNK>, <EOS>, a word")
+
+
+def _check_several(texts: Iterable[str]) -> None:
+    if isinstance(texts, str):
+        raise InputError("texts is one string; it must be a list of strings")
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    _check_several(texts)
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def _to_json(vocab: Mapping[str, int]) -> dict[str, Any]:
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    eos = {"SpecialToken": {"id": EOS, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": id_, "content": token, **special, "special": True}
+            for token, id_ in ((UNK, UNK_ID), (EOS, EOS_ID))
+        ],
+        "normalizer": NORMALIZER,
+        "pre_tokenizer": PRE_TOKENIZER,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [first, eos],
+            "pair": [first, eos, second, eos],
+            "special_tokens": {EOS: {"id": EOS, "ids": [EOS_ID], "tokens": [EOS]}},
+        },
+        "decoder": None,  # joins with spaces
+        "model": {
+            "type": "WordLevel",
+            "vocab": {_to_key(word): i for word, i in vocab.items()},
+            "unk_token": UNK,
+        },
+    }
+
+
+def _to_key(word: str) -> str:
+    """The word as valid Unicode, which keys in ``tokenizer.json`` have to be."""
+    if not any("\ud800" <= c <= "\udfff" for c in word):
+        return word
+    return "".join(f" U+{ord(c):04X}" for c in word)
+
+
+def _to_word(key: str) -> str:
+    if not key.startswith(" "):
+        return key
+    try:
+        return "".join(chr(int(code.removeprefix("U+"), 16)) for code in key.split())
+    except (OverflowError, ValueError) as error:
+        raise InputError(f"the word {key!r} is not a list of code points") from error
+
+
+def _words_of(content: Mapping[str, Any]) -> list[str]:
+    """The words from id 2 on in the content of a ``tokenizer.json``; checks all the rest of it."""
+    model = content["model"]
+    if model["type"] != "WordLevel":
+        raise InputError(f"the model is of type {model['type']!r}, not 'WordLevel'")
+    for key, ours in (("normalizer", NORMALIZER), ("pre_tokenizer", PRE_TOKENIZER)):
+        if content.get(key) != ours:
+            raise InputError(f"the {key} is not that of tinylm's word tokenizer")
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise InputError("the model's vocab does not map words to ids")
+    for token, id_ in ((UNK, UNK_ID), (EOS, EOS_ID)):
+        if vocab.get(token) != id_:
+            raise InputError(f"the special token {token} is missing or its id is not {id_}")
+    by_id = {i: _to_word(key) for key, i in vocab.items()}
+    if sorted(by_id) != list(range(len(vocab))):
+        raise InputError(f"the ids of the {len(vocab)} words are not 0 to {len(vocab) - 1}")
+    return [by_id[i] for i in range(2, len(vocab))]

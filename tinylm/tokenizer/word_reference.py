@@ -23,7 +23,7 @@ class WordCounter:
         self._counts: Counter[str] = Counter()
 
     def add(self, texts: Sequence[str], threads: int | None = None) -> None:
-        """Counts the words of ``texts``. ``threads`` is accepted for the compiled version's sake."""
+        """Counts the words of ``texts``. ``threads`` is there for the compiled version."""
         for text in texts:
             self._counts.update(split_words(text))
 
@@ -47,7 +47,7 @@ class WordEncoder:
     def encode_batch(
         self, texts: Iterable[str], add_eos: bool, dtype: np.dtype, threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts in one array of ``dtype``, and each text's start in it (int64, n + 1)."""
+        """Ids of all texts in one array of ``dtype``; where each text starts there (int64, n + 1)."""
         ids: list[int] = []
         offsets = [0]
         for text in texts:

@@ -1,0 +1,62 @@
+// Counts the words of any number of texts, on several threads, with the same result as on one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "word_map.hpp"
+#include "word_text.hpp"
+
+namespace tinylm {
+
+// Word i is the WTF-8 text [ends[i - 1], ends[i]) of `text`, from 0 for the first, counts[i] times.
+struct WordCounts {
+  std::string text;
+  std::vector<std::size_t> ends;
+  std::vector<std::int64_t> counts;
+};
+
+// Each worker counts in a table of its own; the tables are brought together when asked for. The
+// place of a word's first appearance is the number of its piece among all pieces ever added and its
+// own number in it, so ties are broken alike however the pieces were shared out. Calls exclude one
+// another, so the counter may be used from several threads.
+class WordCounter {
+ public:
+  void add(const std::vector<TextView>& texts, int threads);
+
+  // The n most frequent words, most frequent first, ties by first appearance.
+  WordCounts most_common(std::size_t n);
+
+  // All words by first appearance.
+  WordCounts items();
+
+ private:
+  struct Entry {
+    std::int64_t count;
+    std::uint64_t first;      // appearance: number of the piece << 32 | number of the word in it
+    std::size_t begin, size;  // in Table::text
+  };
+
+  // A word's value in `map` is its index in `entries`.
+  struct Table {
+    WordMap map;
+    std::vector<Entry> entries;
+    std::vector<char> text;
+
+    void add(const char* word, std::size_t size, std::int64_t count, std::uint64_t first);
+    void add_words(const Words& words, std::uint64_t piece);
+    template <class Iterator>
+    WordCounts counts(Iterator begin, Iterator end) const;
+  };
+
+  Table& merged();
+
+  std::mutex mutex_;
+  std::vector<Table> tables_ = std::vector<Table>(1);  // one for each worker
+  std::uint64_t pieces_ = 0;                           // added so far
+};
+
+}  // namespace tinylm
