@@ -28,7 +28,7 @@ from tinylm.data.tokens import (
 from tinylm.errors import InputError
 from tinylm.files import atomic_write
 from tinylm.spelling import SpellingModel
-from tinylm.tokenizer import BPETokenizer, WordTokenizer, load_tokenizer
+from tinylm.tokenizer import WordTokenizer, load_tokenizer
 
 # Counts up when training a tokenizer or encoding changes its result.
 _TOKENIZER_VERSION = 1
@@ -245,15 +245,16 @@ def _make_tokenizer(job: _Job, config: DataConfig, ready: Path | None) -> dict[s
     if existing is not None:
         assert ready is not None
         _copy(ready, job.path / TOKENIZER)
-    if isinstance(existing, BPETokenizer):
-        return {}
-    if config.tokenizer == "bpe":
+    if existing is None and config.tokenizer == "bpe":
         _train_bpe(job, config)
-        return {}
-    return {"train": _fit_words(job, config, existing)}
+    if (existing is None and config.tokenizer == "word") or isinstance(existing, WordTokenizer):
+        return {"train": _fit_words(job, config, existing)}
+    return {}
 
 
 def _train_bpe(job: _Job, config: DataConfig) -> None:
+    from tinylm.tokenizer import BPETokenizer
+
     assert config.target_vocab_size is not None
     counter = BPETokenizer.counter()
     with job.stage("train tokenizer") as stage:
