@@ -1,5 +1,5 @@
 # ruff: noqa: N999
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,3 +21,33 @@ class WordEncoder:
         dtype: npt.DTypeLike,
         threads: int | None = None,
     ) -> tuple[np.ndarray, npt.NDArray[np.int64]]: ...
+
+bpe_unicode_version: str
+
+def bpe_pretokenize(text: str) -> list[str]: ...
+
+class BPEModel:
+    def __init__(
+        self,
+        *,
+        tokens: Sequence[bytes],
+        merges: npt.NDArray[np.uint32],
+        byte_ids: Sequence[int],
+        special_ids: Sequence[int],
+        ignore_merges: bool,
+        add_prefix_space: bool,
+    ) -> None: ...
+    def encode(self, text: str, replace: bool) -> list[int]: ...
+    def encode_batch(
+        self, texts: Sequence[str], eos_id: int | None, replace: bool, threads: int
+    ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]: ...
+    def decode(self, ids: npt.NDArray[np.int64]) -> bytes: ...
+
+class BPECounter:
+    def __init__(self) -> None: ...
+    def add(self, texts: Sequence[str], replace: bool, threads: int) -> None: ...
+    def __len__(self) -> int: ...
+    def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]: ...
+    def train(
+        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
+    ) -> npt.NDArray[np.uint32]: ...

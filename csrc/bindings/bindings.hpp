@@ -5,6 +5,7 @@
 
 namespace tinylm {
 
+void bind_bpe(pybind11::module_& m);
 void bind_word(pybind11::module_& m);
 
 }  // namespace tinylm

@@ -7,5 +7,6 @@ namespace {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled parts of tinylm.";
   m.attr("unicode_version") = kUnicodeVersion;
+  tinylm::bind_bpe(m);
   tinylm::bind_word(m);
 }

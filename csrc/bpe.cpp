@@ -1,0 +1,238 @@
+#include "bpe.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <queue>
+#include <stdexcept>
+#include <utility>
+
+namespace tinylm {
+
+namespace {
+
+constexpr std::uint32_t kNoRank = std::numeric_limits<std::uint32_t>::max();
+
+// Up to this many bytes, scanning all ranks for the lowest beats a heap.
+constexpr std::size_t kMaxShortPiece = 48;
+
+// More idle scratches than this are not worth their memory.
+constexpr std::size_t kMaxPool = 64;
+
+// Pieces with few bytes and few ids, which nearly all are, and their ids. Direct-mapped: a new
+// piece takes the place of the one that shares its slot, so memory is bounded.
+class PieceCache {
+ public:
+  static constexpr std::size_t kMaxBytes = 23;
+  static constexpr std::size_t kMaxIds = 9;
+
+  // A piece of 1 to kMaxBytes bytes, zero-padded, with its length at the end.
+  struct Key {
+    explicit Key(std::string_view piece) : words{} {
+      char bytes[kMaxBytes + 1] = {};
+      std::memcpy(bytes, piece.data(), piece.size());
+      bytes[kMaxBytes] = static_cast<char>(piece.size());
+      std::memcpy(words, bytes, sizeof(words));
+    }
+    Key() : words{} {}  // no piece
+    bool operator==(const Key& other) const {
+      return words[0] == other.words[0] && words[1] == other.words[1] && words[2] == other.words[2];
+    }
+    std::uint64_t words[3];
+  };
+
+  // One cache line.
+  struct alignas(64) Slot {
+    Key key;
+    std::uint32_t count = 0;
+    TokenId ids[kMaxIds] = {};
+  };
+
+  PieceCache() : slots_(kSlots) {}
+
+  // The only slot that can hold `key`; it does if its key is the same.
+  Slot& slot_of(const Key& key) {
+    std::uint64_t mixed = key.words[0] * 0x9E3779B97F4A7C15u;
+    mixed = ((mixed ^ mixed >> 32) + key.words[1]) * 0xD6E8FEB86659FD93u;
+    mixed = ((mixed ^ mixed >> 32) + key.words[2]) * 0xCA5A826395121157u;
+    return slots_[(mixed >> 32) & (kSlots - 1)];
+  }
+
+ private:
+  static constexpr std::size_t kSlots = std::size_t{1} << 16;
+
+  std::vector<Slot> slots_;
+};
+
+}  // namespace
+
+class BpeModel::Scratch {
+ public:
+  PieceCache cache;
+  std::string prefixed;
+
+  // The linked list and the heap of merge_long.
+  struct Symbol {
+    TokenId id;
+    std::uint32_t rank;  // of the merge with the next symbol
+    std::uint32_t previous, next;
+  };
+  std::vector<Symbol> symbols;
+  std::vector<std::uint64_t> heap;
+};
+
+BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>& merges,
+                   const std::array<TokenId, 256>& byte_ids,
+                   const std::vector<TokenId>& special_ids, BpeOptions options)
+    : tokens_(std::move(tokens)), byte_ids_(byte_ids), options_(options) {
+  pool_.reserve(kMaxPool);  // So that giving a scratch back cannot throw.
+  for (std::size_t rank = 0; rank < merges.size(); ++rank) {
+    const BpeMerge& merge = merges[rank];
+    merges_[pair_key(merge.left, merge.right)] = {static_cast<std::uint32_t>(rank), merge.result};
+  }
+  if (options_.ignore_merges) {
+    for (std::size_t id = 0; id < tokens_.size(); ++id) {
+      whole_pieces_.emplace(tokens_[id], static_cast<TokenId>(id));
+    }
+    for (const TokenId id : special_ids) whole_pieces_.erase(tokens_[id]);
+  }
+}
+
+BpeModel::~BpeModel() = default;
+
+// Only tries to lock: a fork while another thread held the lock must not leave the child waiting
+// for ever. Without the pool, all that is lost is a warm cache.
+ScratchLease::ScratchLease(const BpeModel& model) : model_(model) {
+  const std::unique_lock<std::mutex> lock(model.pool_mutex_, std::try_to_lock);
+  if (lock.owns_lock() && !model.pool_.empty()) {
+    scratch_ = std::move(model.pool_.back());
+    model.pool_.pop_back();
+  } else {
+    scratch_ = std::make_unique<BpeModel::Scratch>();
+  }
+}
+
+ScratchLease::~ScratchLease() {
+  const std::unique_lock<std::mutex> lock(model_.pool_mutex_, std::try_to_lock);
+  if (lock.owns_lock() && model_.pool_.size() < kMaxPool) {
+    model_.pool_.push_back(std::move(scratch_));
+  }
+}
+
+void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids) const {
+  if (options_.add_prefix_space && !text.empty() && text.front() != ' ') {
+    scratch.prefixed.assign(1, ' ').append(text);
+    text = scratch.prefixed;
+  }
+  for_each_piece(SplitPattern::kGpt2, text,
+                 [&](std::string_view piece) { encode_piece(piece, scratch, ids); });
+}
+
+void BpeModel::encode_piece(std::string_view piece, Scratch& scratch,
+                            std::vector<TokenId>& ids) const {
+  if (piece.size() > PieceCache::kMaxBytes) return merge_piece(piece, scratch, ids);
+  const PieceCache::Key key(piece);
+  PieceCache::Slot& slot = scratch.cache.slot_of(key);
+  if (slot.key == key) {
+    ids.insert(ids.end(), slot.ids, slot.ids + slot.count);
+    return;
+  }
+  const std::size_t start = ids.size();
+  merge_piece(piece, scratch, ids);
+  const std::size_t count = ids.size() - start;
+  if (count > PieceCache::kMaxIds) return;
+  slot.key = key;
+  slot.count = static_cast<std::uint32_t>(count);
+  std::copy(ids.begin() + static_cast<std::ptrdiff_t>(start), ids.end(), slot.ids);
+}
+
+void BpeModel::merge_piece(std::string_view piece, Scratch& scratch,
+                           std::vector<TokenId>& ids) const {
+  if (options_.ignore_merges) {
+    const auto found = whole_pieces_.find(piece);
+    if (found != whole_pieces_.end()) return ids.push_back(found->second);
+  }
+  if (piece.size() <= kMaxShortPiece) return merge_short(piece, ids);
+  merge_long(piece, scratch, ids);
+}
+
+// Merges, again and again, the leftmost pair of lowest rank.
+void BpeModel::merge_short(std::string_view piece, std::vector<TokenId>& ids) const {
+  TokenId symbols[kMaxShortPiece];
+  std::uint32_t ranks[kMaxShortPiece];  // of the merge with the next symbol
+  std::size_t count = piece.size();
+  const auto rank_pair = [&](std::size_t i) {
+    const RankAndResult* const merge = merges_.find(pair_key(symbols[i], symbols[i + 1]));
+    ranks[i] = merge ? merge->rank : kNoRank;
+  };
+
+  for (std::size_t i = 0; i < count; ++i) {
+    symbols[i] = byte_ids_[static_cast<unsigned char>(piece[i])];
+  }
+  for (std::size_t i = 0; i + 1 < count; ++i) rank_pair(i);
+  while (count > 1) {
+    const auto best = static_cast<std::size_t>(std::min_element(ranks, ranks + count - 1) - ranks);
+    if (ranks[best] == kNoRank) break;
+    symbols[best] = merges_.find(pair_key(symbols[best], symbols[best + 1]))->result;
+    std::copy(symbols + best + 2, symbols + count, symbols + best + 1);
+    std::copy(ranks + best + 1, ranks + count - 1, ranks + best);
+    --count;
+    if (best > 0) rank_pair(best - 1);
+    if (best + 1 < count) rank_pair(best);
+  }
+  ids.insert(ids.end(), symbols, symbols + count);
+}
+
+// The same with a linked list and a heap of (rank, position), for n log n. An entry of the heap is
+// stale when its symbol is gone or now has another rank, and is then dropped.
+void BpeModel::merge_long(std::string_view piece, Scratch& scratch,
+                          std::vector<TokenId>& ids) const {
+  if (piece.size() >= kNoRank) throw std::length_error("a piece of text is longer than 4 GiB");
+  constexpr std::uint32_t kEnd = kNoRank;
+  const auto count = static_cast<std::uint32_t>(piece.size());
+  auto& symbols = scratch.symbols;
+  auto& heap = scratch.heap;
+  const auto rank_pair = [&](std::uint32_t i) {
+    Scratch::Symbol& symbol = symbols[i];
+    symbol.rank = kNoRank;
+    if (symbol.next == kEnd) return;
+    const RankAndResult* const merge = merges_.find(pair_key(symbol.id, symbols[symbol.next].id));
+    if (!merge) return;
+    symbol.rank = merge->rank;
+    heap.push_back(std::uint64_t{merge->rank} << 32 | i);
+  };
+  const auto push_pair = [&](std::uint32_t i) {
+    const std::size_t before = heap.size();
+    rank_pair(i);
+    if (heap.size() != before) std::push_heap(heap.begin(), heap.end(), std::greater<>());
+  };
+
+  symbols.resize(count);
+  heap.clear();
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const TokenId id = byte_ids_[static_cast<unsigned char>(piece[i])];
+    symbols[i] = {id, kNoRank, i == 0 ? kEnd : i - 1, i + 1 == count ? kEnd : i + 1};
+  }
+  for (std::uint32_t i = 0; i < count; ++i) rank_pair(i);
+  std::make_heap(heap.begin(), heap.end(), std::greater<>());
+
+  while (!heap.empty()) {
+    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+    const auto i = static_cast<std::uint32_t>(heap.back());
+    const auto rank = static_cast<std::uint32_t>(heap.back() >> 32);
+    heap.pop_back();
+    Scratch::Symbol& symbol = symbols[i];
+    if (symbol.rank != rank) continue;
+    Scratch::Symbol& absorbed = symbols[symbol.next];
+    symbol.id = merges_.find(pair_key(symbol.id, absorbed.id))->result;
+    absorbed.rank = kNoRank;
+    symbol.next = absorbed.next;
+    if (symbol.next != kEnd) symbols[symbol.next].previous = i;
+    if (symbol.previous != kEnd) push_pair(symbol.previous);
+    push_pair(i);
+  }
+  for (std::uint32_t i = 0; i != kEnd; i = symbols[i].next) ids.push_back(symbols[i].id);
+}
+
+}  // namespace tinylm

@@ -1,0 +1,339 @@
+"""Byte-level BPE tokenizer: any text to ids and exactly back."""
+
+import codecs
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from tinylm.errors import InputError
+from tinylm.tokenizer import bpe_reference
+from tinylm.tokenizer.backend import check_threads, compiled
+from tinylm.tokenizer.bpe_json import (
+    BYTE_TO_CHAR,
+    EOS,
+    BPEVocabulary,
+    last_of_each_pair,
+    read_vocabulary,
+    write_vocabulary,
+)
+
+Errors = Literal["strict", "replace"]
+
+BATCH_CHARACTERS = 1 << 23  # counted at once: enough to keep all threads busy
+MIN_VOCAB_SIZE = 1 + 256  # the special token and the bytes
+MAX_VOCAB_SIZE = 1 << 31  # ids are int32
+
+
+class PieceCounter(Protocol):
+    """`tinylm.tokenizer.bpe_reference.BPECounter` or the compiled one."""
+
+    def add(self, texts: Sequence[str], replace: bool, threads: int) -> None:
+        """Counts the pieces of ``texts``."""
+
+    def __len__(self) -> int:
+        """How many distinct pieces there are."""
+
+    def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+        """All pieces in the order of their bytes, and their counts."""
+
+    def train(
+        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
+    ) -> npt.NDArray[np.uint32]:
+        """Merges as rows of left, right and result."""
+
+
+class BPECounter:
+    """Counts what BPE learns from, batch by batch; keeps no text, only its distinct pieces."""
+
+    def __init__(self) -> None:
+        module = compiled()
+        self._counter: PieceCounter = (
+            bpe_reference.BPECounter() if module is None else module.BPECounter()
+        )
+
+    def add(
+        self, texts: Sequence[str], threads: int | None = None, errors: Errors = "strict"
+    ) -> None:
+        """Counts the pieces of ``texts`` on ``threads`` threads (None: as many as there are).
+
+        Raises:
+            InputError: a text has a lone surrogate and ``errors`` is not ``"replace"``, which
+                reads it as U+FFFD. Nothing of this batch is counted then.
+        """
+        replace = _is_replace(errors)
+        check_threads(threads)
+        try:
+            self._counter.add(texts, replace, threads or 0)
+        except UnicodeEncodeError as error:
+            raise _surrogate_error(error, texts) from None
+
+    def __len__(self) -> int:
+        """How many distinct pieces there are."""
+        return len(self._counter)
+
+    def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
+        """All distinct pieces as UTF-8, in the order of their bytes, and their counts."""
+        return self._counter.items()
+
+    def learn_merges(
+        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
+    ) -> npt.NDArray[np.uint32]:
+        """Rows of left, right and result: see `BPETokenizer.train` for the rule."""
+        merges = self._counter.train(byte_ids, first_free_id, vocab_size, min_frequency)
+        return last_of_each_pair(merges.tolist())
+
+
+class StreamDecoder:
+    """Decodes ids one at a time and gives out characters only once they are whole."""
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        self._tokens = tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters that ``token_id`` completes; often the empty string in some scripts.
+
+        Raises:
+            InputError: the id is not in the vocabulary.
+        """
+        _check_id(token_id, len(self._tokens))
+        return self._decoder.decode(self._tokens[token_id])
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for an incomplete character, else the empty string.
+
+        All that was pushed and this, joined, is what `BPETokenizer.decode` gives for the ids.
+        """
+        return self._decoder.decode(b"", final=True)
+
+
+class BPETokenizer:
+    """Maps pieces of words to ids; every text has ids, and they decode to exactly that text.
+
+    Text is split by GPT-2's pattern (letters, numbers and white space as in Unicode 16.0,
+    whatever Python runs) and merged within the pieces. The special token ``<|endoftext|>``
+    ends a text; no text becomes a special token by containing its name. Tokenizers never
+    change, can be pickled, and may be used by several threads at once.
+    """
+
+    kind = "bpe"
+    unk_id: int | None = None
+
+    def __init__(self, vocabulary: BPEVocabulary) -> None:
+        """Mostly called by `train`, `from_counter` and `load`, which check the vocabulary."""
+        self._vocabulary = vocabulary
+        self._tokens = vocabulary.tokens()
+        self.eos_id = vocabulary.eos_id
+        module = compiled()
+        model = bpe_reference.BPEModel if module is None else module.BPEModel
+        self._model = model(
+            tokens=self._tokens,
+            merges=vocabulary.merges,
+            byte_ids=vocabulary.byte_ids(),
+            special_ids=list(vocabulary.special_ids),
+            ignore_merges=vocabulary.ignore_merges,
+            add_prefix_space=vocabulary.add_prefix_space,
+        )
+
+    def __reduce__(self) -> tuple[type["BPETokenizer"], tuple[BPEVocabulary]]:
+        return type(self), (self._vocabulary,)
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int = 8192,
+        min_frequency: int = 2,
+        threads: int | None = None,
+        errors: Errors = "strict",
+    ) -> "BPETokenizer":
+        """A tokenizer with at most ``vocab_size`` tokens, learnt from ``texts``.
+
+        The pair of tokens with the highest count is merged next, ties by the smaller ids, as
+        long as it is seen ``min_frequency`` times: the merges of Hugging Face's ``BpeTrainer``.
+        The result does not depend on ``threads`` (None: as many as the machine has). The texts
+        are read once and not kept. Too few of them give a smaller vocabulary.
+
+        Raises:
+            InputError: ``vocab_size`` is below 257, the texts are empty, or one has a lone
+                surrogate and ``errors`` is not ``"replace"``, which reads it as U+FFFD.
+        """
+        _check_training(vocab_size, min_frequency)
+        counter = cls.counter()
+        for batch in _batches(texts):
+            counter.add(batch, threads, errors)
+        return cls.from_counter(counter, vocab_size, min_frequency)
+
+    @staticmethod
+    def counter() -> BPECounter:
+        """A new counter, for texts that come in batches; then call `from_counter`."""
+        return BPECounter()
+
+    @classmethod
+    def from_counter(
+        cls, counter: BPECounter, vocab_size: int = 8192, min_frequency: int = 2
+    ) -> "BPETokenizer":
+        """As `train`, from what ``counter`` has counted."""
+        _check_training(vocab_size, min_frequency)
+        names = [EOS, *sorted(BYTE_TO_CHAR)]
+        byte_ids = [names.index(char) for char in BYTE_TO_CHAR]
+        if len(counter) == 0:
+            raise InputError("the texts to train a tokenizer on are empty")
+        merges = counter.learn_merges(byte_ids, len(names), vocab_size, min_frequency)
+        for left, right, result in merges[np.argsort(merges[:, 2], kind="stable")].tolist():
+            if result == len(names):
+                names.append(names[left] + names[right])
+        return cls(BPEVocabulary(names=names, merges=merges, special_ids=[0], eos_id=0))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], eos_token: str = EOS) -> "BPETokenizer":
+        """Reads a byte-level BPE ``tokenizer.json``, whoever wrote it.
+
+        Raises:
+            InputError: the file is missing or broken, lacks the special token ``eos_token``, or
+                asks for something this class does not do (a normalizer, another pre-tokenizer).
+        """
+        return cls(read_vocabulary(path, eos_token))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a ``tokenizer.json`` that Hugging Face ``tokenizers`` reads too. Atomic."""
+        write_vocabulary(self._vocabulary, path)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are: they are 0 to ``vocab_size - 1``."""
+        return len(self._tokens)
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """Every token's id, spelled as in ``tokenizer.json``; a copy."""
+        return {name: i for i, name in enumerate(self._vocabulary.names)}
+
+    def id_to_token(self, token_id: int) -> str:
+        """The token as ``tokenizer.json`` spells it, such as ``Ġthe``.
+
+        Raises:
+            InputError: the id is not in the vocabulary.
+        """
+        _check_id(token_id, self.vocab_size)
+        return self._vocabulary.names[token_id]
+
+    def encode(self, text: str, add_eos: bool = False, errors: Errors = "strict") -> list[int]:
+        """The ids of one text.
+
+        Raises:
+            InputError: the text has a lone surrogate and ``errors`` is not ``"replace"``, which
+                reads it as U+FFFD.
+        """
+        try:
+            ids: list[int] = self._model.encode(text, _is_replace(errors))
+        except UnicodeEncodeError as error:
+            raise _surrogate_error(error) from None
+        return [*ids, self.eos_id] if add_eos else ids
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        add_eos: bool = False,
+        threads: int | None = None,
+        errors: Errors = "strict",
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """The ids of all texts in one array, and where each text starts in it (int64, n + 1).
+
+        Ids are uint16 if the vocabulary has at most 65,536 tokens, else int32. ``threads`` is
+        how many to use (None: as many as the machine has); the result does not depend on it.
+
+        Raises:
+            InputError: a text has a lone surrogate and ``errors`` is not ``"replace"``, which
+                reads it as U+FFFD.
+        """
+        replace = _is_replace(errors)
+        check_threads(threads)
+        eos_id = self.eos_id if add_eos else None
+        try:
+            ids, offsets = self._model.encode_batch(texts, eos_id, replace, threads or 0)
+        except UnicodeEncodeError as error:
+            raise _surrogate_error(error, texts) from None
+        return ids, offsets
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``, with U+FFFD where their bytes are not UTF-8.
+
+        Special tokens appear by name. For the text of some ids of a longer sequence, see
+        `stream_decoder`.
+
+        Raises:
+            InputError: an id is not in the vocabulary.
+        """
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ``ids``, which need not be whole characters. Raises as `decode`."""
+        try:
+            return bytes(self._model.decode(_id_array(ids)))
+        except IndexError as error:
+            raise InputError(str(error)) from None
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder to which ids are pushed one at a time."""
+        return StreamDecoder(self._tokens)
+
+
+def _check_training(vocab_size: int, min_frequency: int) -> None:
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size is {vocab_size}; it must be at least {MIN_VOCAB_SIZE} (256 bytes and "
+            f"{EOS}) and at most {MAX_VOCAB_SIZE}"
+        )
+    if min_frequency < 1:
+        raise InputError(f"min_frequency is {min_frequency}; it must be at least 1")
+
+
+def _check_id(token_id: int, vocab_size: int) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise InputError(f"id {token_id} is not in the vocabulary of {vocab_size}")
+
+
+def _is_replace(errors: str) -> bool:
+    if errors not in get_args(Errors):
+        raise InputError(f"errors is {errors!r}; it must be 'strict' or 'replace'")
+    return errors == "replace"
+
+
+def _surrogate_error(error: UnicodeEncodeError, texts: Sequence[str] = ()) -> InputError:
+    # The position in a batch is that of the very object which could not be encoded.
+    index = next((i for i, text in enumerate(texts) if text is error.object), None)
+    where = "the text" if index is None else f"text {index}"
+    code = f"\\u{ord(error.object[error.start]):04x}"
+    return InputError(
+        f"{where} has the lone surrogate {code} at position {error.start}, which is no character; "
+        "clean the text or pass errors='replace' to read it as U+FFFD"
+    )
+
+
+def _id_array(ids: Iterable[int]) -> npt.NDArray[np.int64]:
+    array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+    if array.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"ids must be one row of integers, not of shape {array.shape} and type {array.dtype}"
+        )
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """``texts`` in lists of about ``BATCH_CHARACTERS``."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
