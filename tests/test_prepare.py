@@ -213,6 +213,40 @@ def test_encode_documents(corpus: str, tmp_path: Path) -> None:
     assert same.meta["overlap"]["share"] > 0.5
 
 
+@pytest.mark.parametrize("document_eos", [True, False])
+def test_bpe(corpus: str, tmp_path: Path, document_eos: bool) -> None:
+    config = DataConfig(data=corpus, vocab_size=300, errors="replace", document_eos=document_eos)
+    data = make(config, tmp_path)
+    assert data.tokenizer.vocab_size == 300
+    eos = data.tokenizer.eos_id
+    texts = [text.replace("\ud800", "\ufffd") for text in some_texts()]
+    for name, side in split_of(texts).items():
+        tokens = data.splits[name]
+        decoded = data.tokenizer.decode(i for i in tokens.ids.tolist() if i != eos)
+        assert decoded == "".join(side)
+        assert int((tokens.ids == eos).sum()) == (len(side) if document_eos else 1)
+        size = sum(len(text.encode()) for text in side)
+        assert data.meta["splits"][name] == {
+            "documents": len(side),
+            "tokens": len(tokens),
+            "text_bytes": size,
+            "normalised_bytes": size,
+            "unk_tokens": 0,
+            "unk_bits": None,
+        }
+    assert not (data.path / "spelling.safetensors").exists()
+    again = make(
+        DataConfig(data=corpus, errors="replace", tokenizer=str(data.path / "tokenizer.json")),
+        tmp_path,
+    )
+    assert again.tokenizer.vocab == data.tokenizer.vocab
+
+
+def test_bpe_names_the_record_it_cannot_encode(corpus: str, tmp_path: Path) -> None:
+    message = error_of(lambda: make(DataConfig(data=corpus), tmp_path))
+    assert "corpus.jsonl, line 302: character 4" in message
+
+
 # --- overlap -----------------------------------------------------------------------------------
 
 

@@ -178,7 +178,10 @@ def test_invalid_utf8_names_byte_and_line(tmp_path: Path) -> None:
 def test_lone_surrogates(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"text": "a\\ud800b \\ud83d\\ude42"}')
     assert read(path) == ["a\ud800b 🙂"]
-    assert read(path, errors="replace") == ["a\ufffdb 🙂"]
+    assert read(path, errors="replace", surrogates=False) == ["a\ufffdb 🙂"]
+    message = error_of(path, surrogates=False)
+    assert "line 1: character 1 of the text is \\ud800" in message
+    assert 'errors to "replace"' in message
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,9 @@ def prepare(
             holds something else, or the disk is full.
     """
     cache = _cache(cache_dir)
-    corpus = _open_corpus(config)
     ready = None if config.trains_tokenizer else _existing(Path(config.tokenizer).expanduser())
+    kind = config.tokenizer if ready is None else load_tokenizer(ready).kind
+    corpus = _open_corpus(config, kind)
     settings = {
         "text_field": config.text_field,
         "errors": config.errors,
@@ -103,8 +104,9 @@ def encode_documents(
         InputError: as in `prepare`.
     """
     cache = _cache(cache_dir)
-    source = open_source(data, text_field=text_field, errors=errors)
     tokenizer_path = _existing(Path(tokenizer))
+    surrogates = load_tokenizer(tokenizer_path).kind == "word"
+    source = open_source(data, text_field=text_field, errors=errors, surrogates=surrogates)
     spelling_path = None if spelling is None else _existing(Path(spelling))
     settings = {
         "text_field": text_field,
@@ -276,10 +278,14 @@ def _fit_words(job: _Job, config: DataConfig, tokenizer: WordTokenizer | None) -
         return word_costs(counter, tokenizer, spelling)
 
 
-def _open_corpus(config: DataConfig) -> Corpus:
+def _open_corpus(config: DataConfig, kind: str) -> Corpus:
     def opened(data: str) -> Source:
         return open_source(
-            data, text_field=config.text_field, errors=config.errors, cut=config.valid is None
+            data,
+            text_field=config.text_field,
+            errors=config.errors,
+            surrogates=kind == "word",
+            cut=config.valid is None,
         )
 
     valid = None if config.valid is None else opened(config.valid)
