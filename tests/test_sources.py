@@ -170,8 +170,8 @@ def test_invalid_utf8_names_byte_and_line(tmp_path: Path) -> None:
     assert "".join(read(path, errors="replace")).endswith("\nok \ufffd end")
     message = error_of(write(tmp_path / "b.txt", b"cut \xe2\x82"))
     assert "byte 4 (line 1)" in message
-    path = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n{"text": "a\xe9b"}\n')
-    assert "byte 28 (line 2)" in error_of(path)
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "fine"}\n{"text": "a\xe9b"}\n')
+    assert "byte 31 (line 2)" in error_of(path)
     assert read(path, errors="replace") == ["fine", "a\ufffdb"]
 
 

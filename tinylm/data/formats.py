@@ -157,8 +157,6 @@ def _read_jsonl(path: Path, options: ReadOptions, position: Position) -> Iterato
     offset = 0
     with _opened(path) as file, _decompressed(path, file) as lines:
         for number, line in enumerate(_lines(path, lines), 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield _text_of_line(path, number, line, offset, options)
             offset += len(line)
@@ -180,6 +178,8 @@ def _text_of_line(path: Path, number: int, line: bytes, offset: int, options: Re
         text = line.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error, offset, number) from None
+    if number == 1:
+        text = text.removeprefix("\ufeff")
     where = f"{path}, line {number}"
     try:
         record = json.loads(text)
