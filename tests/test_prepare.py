@@ -258,7 +258,7 @@ def brute_force_overlap(valid: np.ndarray, train: np.ndarray) -> tuple[int, int]
 
 @pytest.mark.parametrize("lengths", [(0, 500), (31, 500), (32, 31), (32, 32), (700, 9000)])
 def test_overlap_equals_brute_force(
-    lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    lengths: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(1)
     valid, train = (rng.integers(0, 3, n).astype(np.uint16) for n in lengths)
@@ -267,10 +267,15 @@ def test_overlap_equals_brute_force(
         train[at : at + 32] = valid[start : start + 32][: len(train) - at]
     expected = brute_force_overlap(valid, train)
     assert lengths != (700, 9000) or 4 <= expected[1] <= 15
+    train.tofile(tmp_path / "ids")
+    mapped = np.memmap(tmp_path / "ids", np.uint16, "r")
     for pieces in (1 << 20, CHUNK_TOKENS, 3 * CHUNK_TOKENS):
         monkeypatch.setattr("tinylm.data.overlap._WINDOWS_AT_ONCE", pieces)
-        overlap = measure_overlap(valid, train)
-        assert (overlap.chunks, overlap.found) == expected
+        for ids in (train, mapped, np.memmap(tmp_path / "ids", np.uint16, "r")[:]):
+            overlap = measure_overlap(valid, ids)
+            assert (overlap.chunks, overlap.found) == expected
+    offset = measure_overlap(valid, mapped[8:])
+    assert (offset.chunks, offset.found) == brute_force_overlap(valid, train[8:])
     assert (overlap.share is None) == (lengths[0] < 32)
 
 
@@ -577,6 +582,37 @@ def test_progress_bar_on_a_terminal(
     err = capsys.readouterr().err
     assert "100%" in err
     assert "304 documents" in err
+
+
+MEASURED = """
+import sys
+from tinylm.data import DataConfig, prepare
+prepare(DataConfig(data=sys.argv[1], tokenizer=sys.argv[2], vocab_size=300),
+        cache_dir=sys.argv[1] + ".cache", progress=False)
+# Not getrusage: its peak survives exec, and so would be that of the tests.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
+    body = " ".join(text for text in some_texts(200) if text.isprintable())
+    peaks = []
+    for megabytes in (12, 72):
+        path = tmp_path / f"{megabytes}.jsonl"
+        documents = megabytes * 1_000_000 // (20 * len(body.encode()))
+        path.write_text(
+            "".join(
+                json.dumps({"text": f"{i} " + 20 * body}, ensure_ascii=False) + "\n"
+                for i in range(documents)
+            ),
+            "utf-8",
+        )
+        command = [sys.executable, "-c", MEASURED, str(path), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) / 1000)
+    assert peaks[1] - peaks[0] < 30, peaks
 
 
 def test_import_is_light() -> None:
