@@ -16,7 +16,8 @@ from tinylm.data.tokens import OFFSET_DTYPE, token_dtype
 from tinylm.errors import InputError
 from tinylm.files import atomic_write
 from tinylm.spelling import SpellingModel
-from tinylm.tokenizer import Tokenizer, WordCounter, WordTokenizer
+from tinylm.tokenizer import Tokenizer, WordTokenizer
+from tinylm.tokenizer.word import WordCounter
 
 _BATCH_BYTES = 4 << 20
 _BATCH_DOCUMENTS = 4096

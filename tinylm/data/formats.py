@@ -28,10 +28,18 @@ _SPACE = re.compile(r"\s")
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How to read a file: see `DataConfig`; ``document_chars`` bounds the documents of a .txt."""
+    """How to read a file.
+
+    Attributes:
+        text_field: as in `DataConfig`.
+        errors: as in `DataConfig`.
+        surrogates: let lone surrogates, which JSON escapes can spell and UTF-8 cannot, pass.
+        document_chars: length that no document of a .txt exceeds.
+    """
 
     text_field: str = "text"
     errors: str = "strict"
+    surrogates: bool = True
     document_chars: int = MAX_DOCUMENT_CHARS
 
 
@@ -75,11 +83,6 @@ def read_documents(path: Path, options: ReadOptions, position: Position) -> Iter
         yield from _read_parquet(path, options, position)
     else:
         yield from _read_jsonl(path, options, position)
-
-
-def replace_surrogates(text: str) -> str:
-    """``text`` with every lone surrogate, which UTF-8 cannot hold, made U+FFFD."""
-    return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
 
 
 # --- .txt --------------------------------------------------------------------------------------
@@ -154,8 +157,6 @@ def _read_jsonl(path: Path, options: ReadOptions, position: Position) -> Iterato
     offset = 0
     with _opened(path) as file, _decompressed(path, file) as lines:
         for number, line in enumerate(_lines(path, lines), 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield _text_of_line(path, number, line, offset, options)
             offset += len(line)
@@ -177,6 +178,8 @@ def _text_of_line(path: Path, number: int, line: bytes, offset: int, options: Re
         text = line.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error, offset, number) from None
+    if number == 1:
+        text = text.removeprefix("\ufeff")
     where = f"{path}, line {number}"
     try:
         record = json.loads(text)
@@ -194,7 +197,8 @@ def text_of_record(record: dict[str, Any], where: str, options: ReadOptions) -> 
     """The text of one record.
 
     Raises:
-        InputError: the field is missing or not a string; ``where`` names the record.
+        InputError: the field is missing, not a string, or holds a lone surrogate where those may
+            not pass; ``where`` names the record.
     """
     field = options.text_field
     if field not in record:
@@ -205,7 +209,21 @@ def text_of_record(record: dict[str, Any], where: str, options: ReadOptions) -> 
             f"{where}: field {field!r} is {'null' if text is None else type(text).__name__}, not a"
             " string; name another field (text_field) or repair the record"
         )
-    return text if options.errors == "strict" else replace_surrogates(text)
+    if options.errors == "replace":
+        return text if text.isascii() else _SURROGATES.sub("\ufffd", text)
+    if not options.surrogates:
+        _check_surrogates(text, where)
+    return text
+
+
+def _check_surrogates(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: character {error.start} of the text is \\u{ord(text[error.start]):04x}, half"
+            ' of a pair and no character; repair the record, or set errors to "replace"'
+        ) from None
 
 
 def missing_field(where: str, field: str, present: list[str]) -> InputError:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import mmap
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +58,20 @@ def _top_bits(hashes: _Hashes) -> npt.NDArray[np.intp]:
 def _window_hashes(ids: _Ids) -> Iterator[_Hashes]:
     """Hashes of the windows at every position, in pieces that begin at multiples of 32."""
     for start in range(0, len(ids) - CHUNK_TOKENS + 1, _WINDOWS_AT_ONCE):
-        piece = np.asarray(ids[start : start + _WINDOWS_AT_ONCE + CHUNK_TOKENS - 1])
-        yield _hash_windows(piece)
+        yield _hash_windows(_read(ids, start, _WINDOWS_AT_ONCE + CHUNK_TOKENS - 1))
+
+
+def _read(ids: _Ids, start: int, count: int) -> _Ids:
+    """``ids[start : start + count]``.
+
+    Mapped files are read, not touched: touched pages would count as memory of this process.
+    """
+    # A slice of a map is a map too, but does not say where in the file it starts.
+    base: object = ids.base
+    if isinstance(ids, np.memmap) and isinstance(base, mmap) and ids.filename is not None:
+        offset = ids.offset + start * ids.itemsize
+        return cast(_Ids, np.fromfile(ids.filename, ids.dtype, count, offset=offset))
+    return ids[start : start + count]
 
 
 def _hash_windows(ids: _Ids) -> _Hashes:

@@ -28,7 +28,7 @@ from tinylm.data.tokens import (
 from tinylm.errors import InputError
 from tinylm.files import atomic_write
 from tinylm.spelling import SpellingModel
-from tinylm.tokenizer import BPETokenizer, WordTokenizer, load_tokenizer
+from tinylm.tokenizer import WordTokenizer, load_tokenizer
 
 # Counts up when training a tokenizer or encoding changes its result.
 _TOKENIZER_VERSION = 1
@@ -59,8 +59,9 @@ def prepare(
             holds something else, or the disk is full.
     """
     cache = _cache(cache_dir)
-    corpus = _open_corpus(config)
     ready = None if config.trains_tokenizer else _existing(Path(config.tokenizer).expanduser())
+    kind = config.tokenizer if ready is None else load_tokenizer(ready).kind
+    corpus = _open_corpus(config, kind)
     settings = {
         "text_field": config.text_field,
         "errors": config.errors,
@@ -103,8 +104,9 @@ def encode_documents(
         InputError: as in `prepare`.
     """
     cache = _cache(cache_dir)
-    source = open_source(data, text_field=text_field, errors=errors)
     tokenizer_path = _existing(Path(tokenizer))
+    surrogates = load_tokenizer(tokenizer_path).kind == "word"
+    source = open_source(data, text_field=text_field, errors=errors, surrogates=surrogates)
     spelling_path = None if spelling is None else _existing(Path(spelling))
     settings = {
         "text_field": text_field,
@@ -245,15 +247,16 @@ def _make_tokenizer(job: _Job, config: DataConfig, ready: Path | None) -> dict[s
     if existing is not None:
         assert ready is not None
         _copy(ready, job.path / TOKENIZER)
-    if isinstance(existing, BPETokenizer):
-        return {}
-    if config.tokenizer == "bpe":
+    if existing is None and config.tokenizer == "bpe":
         _train_bpe(job, config)
-        return {}
-    return {"train": _fit_words(job, config, existing)}
+    if (existing is None and config.tokenizer == "word") or isinstance(existing, WordTokenizer):
+        return {"train": _fit_words(job, config, existing)}
+    return {}
 
 
 def _train_bpe(job: _Job, config: DataConfig) -> None:
+    from tinylm.tokenizer import BPETokenizer
+
     assert config.target_vocab_size is not None
     counter = BPETokenizer.counter()
     with job.stage("train tokenizer") as stage:
@@ -275,10 +278,14 @@ def _fit_words(job: _Job, config: DataConfig, tokenizer: WordTokenizer | None) -
         return word_costs(counter, tokenizer, spelling)
 
 
-def _open_corpus(config: DataConfig) -> Corpus:
+def _open_corpus(config: DataConfig, kind: str) -> Corpus:
     def opened(data: str) -> Source:
         return open_source(
-            data, text_field=config.text_field, errors=config.errors, cut=config.valid is None
+            data,
+            text_field=config.text_field,
+            errors=config.errors,
+            surrogates=kind == "word",
+            cut=config.valid is None,
         )
 
     valid = None if config.valid is None else opened(config.valid)

@@ -119,7 +119,12 @@ class FileSource(Source):
 
 
 def open_source(
-    data: str, *, text_field: str = "text", errors: str = "strict", cut: bool = False
+    data: str,
+    *,
+    text_field: str = "text",
+    errors: str = "strict",
+    surrogates: bool = True,
+    cut: bool = False,
 ) -> Source:
     """The corpus that ``data`` names; its forms are described at `DataConfig`.
 
@@ -127,12 +132,13 @@ def open_source(
         data: the path, glob, data-set id or ``builtin``.
         text_field: the field of a record that holds its text.
         errors: ``strict`` or ``replace``, for text that is not valid Unicode.
+        surrogates: let lone surrogates, which JSON escapes can spell and UTF-8 cannot, pass.
         cut: cut few text files into enough documents to split, see `FileSource`.
 
     Raises:
         InputError: nothing is there, or nothing that can be read.
     """
-    options = ReadOptions(text_field=text_field, errors=errors)
+    options = ReadOptions(text_field=text_field, errors=errors, surrogates=surrogates)
     path = Path(data).expanduser()
     if data == "builtin":
         from tinylm.data.builtin import BuiltinSource
