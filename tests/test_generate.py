@@ -1,10 +1,12 @@
 """Sampling rules, the cache, batches, streaming, prompts."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import WORDS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -183,10 +185,6 @@ def test_spaces_between_prompt_and_continuation(trained: Path) -> None:
 
 
 def test_the_model_has_learned_who_follows_whom(trained: Path) -> None:
-    from conftest import WORDS
-
-    import random
-
     lm = tinylm.load(trained)
     hits = 0
     for word in WORDS:

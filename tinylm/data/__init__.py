@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinylm.data.config import DataConfig
-    from tinylm.data.prepare import encode_documents, prepare
+    from tinylm.data.preparation import encode_documents, prepare
     from tinylm.data.sources import Source, open_source
     from tinylm.data.tokens import Dataset, TokenFile, open_dataset
 
@@ -15,10 +15,10 @@ _HOME = {
     "Dataset": "tokens",
     "Source": "sources",
     "TokenFile": "tokens",
-    "encode_documents": "prepare",
+    "encode_documents": "preparation",
     "open_dataset": "tokens",
     "open_source": "sources",
-    "prepare": "prepare",
+    "prepare": "preparation",
 }
 
 __all__ = [
@@ -36,6 +36,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # `prepare` is also a submodule's name: settle it on the function
-    return value
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -2,24 +2,35 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from tinylm.errors import InputError
 from tinylm.tokenizer.backend import implementation
+from tinylm.tokenizer.bpe import BPETokenizer
 from tinylm.tokenizer.hf_json import read_tokenizer_json
 from tinylm.tokenizer.word import WordCounter, WordTokenizer
 
 __all__ = [
     "BPETokenizer",
+    "StreamDecoder",
     "Tokenizer",
     "WordCounter",
     "WordTokenizer",
     "implementation",
     "load_tokenizer",
 ]
+
+
+class StreamDecoder(Protocol):
+    """Turns ids that come one at a time into text."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain after ``token_id``: whole characters only."""
+
+    def finish(self) -> str:
+        """What is left at the end."""
 
 
 class Tokenizer(Protocol):
@@ -56,6 +67,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``."""
 
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder for ids that come one at a time."""
+
+    def id_to_token(self, token_id: int) -> str:
+        """The entry of an id as the vocabulary writes it."""
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes ``tokenizer.json``."""
 
@@ -70,16 +87,5 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if kind == "WordLevel":
         return WordTokenizer.load(path)
     if kind == "BPE":
-        tokenizer: Tokenizer = _bpe_tokenizer().load(path)
-        return tokenizer
+        return BPETokenizer.load(path)
     raise InputError(f"{os.fspath(path)} has a model of type {kind!r}, not 'WordLevel' or 'BPE'")
-
-
-def _bpe_tokenizer() -> Any:
-    return import_module("tinylm.tokenizer.bpe").BPETokenizer
-
-
-def __getattr__(name: str) -> Any:
-    if name == "BPETokenizer":
-        return _bpe_tokenizer()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

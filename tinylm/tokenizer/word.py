@@ -110,9 +110,9 @@ class WordTokenizer:
         """Every token's id; a copy."""
         return dict(self._vocab)
 
-    def id_to_token(self, id: int) -> str:  # noqa: A002 - the field's name for it
+    def id_to_token(self, token_id: int) -> str:
         """The word of an id; ``<UNK>`` if there is no such id."""
-        return self._pieces[id] if 0 <= id < len(self._pieces) else UNK
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else UNK
 
     def encode(self, text: str, add_eos: bool = True) -> list[int]:
         """The ids of one text, with ``<EOS>`` at the end unless ``add_eos`` is false."""
@@ -283,9 +283,9 @@ class WordStreamDecoder:
     def __init__(self, tokenizer: WordTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def push(self, token: int) -> str:
-        """The text that ``token`` adds."""
-        return " " + self._tokenizer.id_to_token(token)
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` adds."""
+        return " " + self._tokenizer.id_to_token(token_id)
 
     def finish(self) -> str:
         """What is left at the end: nothing, as words are whole."""

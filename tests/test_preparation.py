@@ -430,7 +430,7 @@ def test_source_that_changes_meanwhile(
             file.write('{"text": "more"}\n')
         return measure_overlap(*args)
 
-    monkeypatch.setattr(sys.modules["tinylm.data.prepare"], "measure_overlap", grow)
+    monkeypatch.setattr(sys.modules["tinylm.data.preparation"], "measure_overlap", grow)
     out = tmp_path / "out"
     message = error_of(lambda: make(word_config(corpus), tmp_path / "cache", out=out))
     assert "changed while it was read" in message
