@@ -1,0 +1,196 @@
+"""Byte-level BPE: training, cold encoding and decoding, against tokenizers and tiktoken.
+
+Usage: python -m pytest bench/bench_bpe.py
+
+``TINYLM_BENCH_DATA`` names a ``.jsonl.gz`` file of documents (field ``text``); without it, the
+sources of Python's standard library are the text. ``TINYLM_BENCH_MB`` (20) says how much of it is
+used. A benchmark runs only once both sides have given the same ids.
+"""
+
+import gzip
+import json
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tinylm.tokenizer.bpe import BPETokenizer
+from tinylm.tokenizer.bpe_json import EOS
+
+VOCAB_SIZE = 10_000
+ROUNDS = 3
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def documents() -> Iterator[str]:
+    """Texts without lone surrogates, which the others cannot take."""
+    if path := os.environ.get("TINYLM_BENCH_DATA"):
+        with gzip.open(path, "rb") as file:
+            texts = [json.loads(line)["text"] for line in file.read().split(b"\n") if line]
+    else:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        paths = [p for p in sorted(folder.rglob("*.py")) if "site-packages" not in p.parts]
+        texts = [path.read_bytes().decode("utf-8", "replace") for path in paths]
+    yield from (t for t in texts if not any("\ud800" <= c <= "\udfff" for c in set(t)))
+
+
+@pytest.fixture(scope="session")
+def texts():
+    limit = float(os.environ.get("TINYLM_BENCH_MB", "20")) * 1e6
+    chosen, size = [], 0
+    for text in documents():
+        if size >= limit:
+            break
+        chosen.append(text)
+        size += len(text.encode())
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def trained(texts):
+    return BPETokenizer.train(texts, VOCAB_SIZE)
+
+
+@pytest.fixture(scope="session")
+def file(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "tokenizer.json"
+    trained.save(path)
+    return path
+
+
+def untrained_hf():
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_in_hf(texts):
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        min_frequency=2,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer = untrained_hf()
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_in_tinylm(texts):
+    return BPETokenizer.train(texts, VOCAB_SIZE)
+
+
+def new_tinylm(file):
+    return BPETokenizer.load(file)
+
+
+def new_tokenizers(file):
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def new_tiktoken(file):
+    tokenizer = BPETokenizer.load(file)
+    ranks = {tokenizer.decode_bytes([i]): i for i in range(1, tokenizer.vocab_size)}
+    return tiktoken.Encoding(
+        "bench", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: 0}
+    )
+
+
+def encode_tinylm(tokenizer, texts, threads):
+    return tokenizer.encode_batch(texts, threads=threads)
+
+
+def encode_tokenizers(tokenizer, texts, threads):
+    # Read at every call; more than one thread means all there are.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if threads == 1 else "true"
+    return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+
+def encode_tiktoken(tokenizer, texts, threads):
+    if threads == 1:
+        return [tokenizer.encode_ordinary(text) for text in texts]
+    return tokenizer.encode_ordinary_batch(texts, num_threads=threads)
+
+
+def lists_of(encoded):
+    """Ids as one list per text, whichever side they come from."""
+    if isinstance(encoded, tuple):
+        ids, offsets = encoded
+        return [ids[a:b].tolist() for a, b in pairwise(offsets.tolist())]
+    return [e if isinstance(e, list) else e.ids for e in encoded]
+
+
+SIDES = {
+    "tinylm": (new_tinylm, encode_tinylm),
+    "tokenizers": (new_tokenizers, encode_tokenizers),
+    "tiktoken": (new_tiktoken, encode_tiktoken),
+}
+
+
+@pytest.fixture(scope="session")
+def expected(file, texts):
+    return lists_of(encode_tinylm(new_tinylm(file), texts, 1))
+
+
+@pytest.fixture
+def report(benchmark, texts):
+    """Adds throughput and circumstances to a benchmark that has run."""
+    size = sum(len(text.encode()) for text in texts) / 1e6
+
+    def add(**info):
+        benchmark.extra_info.update(
+            megabytes=round(size, 3),
+            megabytes_per_second=round(size / benchmark.stats.stats.min, 2),
+            machine=platform.machine(),
+            tokenizers=tokenizers.__version__,
+            tiktoken=tiktoken.__version__,
+            **info,
+        )
+
+    return add
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.benchmark(group="encode")
+def test_encode_cold(benchmark, report, file, texts, expected, side, threads):
+    new, encode = SIDES[side]
+    assert lists_of(encode(new(file), texts, threads)) == expected
+    benchmark.pedantic(encode, setup=lambda: ((new(file), texts, threads), {}), rounds=ROUNDS)
+    report(threads=threads, side=side)
+
+
+@pytest.mark.parametrize("side", ["tinylm", "tokenizers"])
+@pytest.mark.benchmark(group="train")
+def test_train(benchmark, report, texts, trained, side):
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    train = {"tinylm": train_in_tinylm, "tokenizers": train_in_hf}[side]
+    result = benchmark.pedantic(train, args=(texts,), rounds=1)
+    vocab = result.vocab if side == "tinylm" else result.get_vocab()
+    assert vocab == trained.vocab
+    report(side=side)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.benchmark(group="decode")
+def test_decode(benchmark, report, file, texts, expected, side):
+    tokenizer = SIDES[side][0](file)
+    decode = tokenizer.decode
+
+    def decode_all():
+        return [decode(ids) for ids in expected]
+
+    assert decode_all() == texts
+    benchmark.pedantic(decode_all, rounds=ROUNDS)
+    report(side=side)

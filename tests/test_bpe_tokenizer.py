@@ -1,0 +1,641 @@
+"""Byte-level BPE against Hugging Face tokenizers, the regex package and its own specification."""
+
+import json
+import pickle
+import random
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import regex
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tinylm.errors import InputError
+from tinylm.tokenizer import bpe_reference, unicode_classes
+from tinylm.tokenizer.backend import compiled
+from tinylm.tokenizer.bpe import BPETokenizer
+from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, EOS, BPEVocabulary, to_alphabet
+
+C = compiled()
+needs_extension = pytest.mark.skipif(C is None, reason="the compiled extension is not in use")
+
+# As published with GPT-2.
+PUBLISHED = regex.compile(
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+)
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+# Fragments that make the pattern's alternatives compete.
+FRAGMENTS = [
+    *" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u180e\u200b\ufeff",
+    *("  ", "   ", "\r\n", "\n\n", " \n", "\n ", "\t\t "),
+    *("'s", "'S", "'t", "'re", "'ve", "'m", "'ll", "'d", "'l", "'r", "'", "''", "’s", "n't"),
+    *"aZéßſıİΣςあ漢가اनͅ\u0301\u0308\u200d\U0001d400\U00020000\U00031350",
+    *"019²½Ⅷ٣०㊿\U0001d7d8\U00010107",
+    *("word", "the", "Hello", "don't", "12345", "...", "!?", "--", "==", "_", "<|endoftext|>"),
+    *"\x00\x01\x7f\u00ad\ufffd\uffff\ue000\U0010ffff\U0001f600\U0001f468\u200d\ufe0f",
+]
+awkward = st.one_of(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join),
+    st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=30),
+    st.text(alphabet=" a'1\n.é", max_size=40),
+)
+
+
+def prose(seed, size=4000):
+    """Made-up text with few distinct words, so that pairs are frequent and many counts tie."""
+    rng = random.Random(seed)
+    syllables = [
+        "ka",
+        "to",
+        "mi",
+        "re",
+        "é",
+        "漢字",
+        "sch",
+        "ing",
+        "a",
+        "aa",
+        "12",
+        "'s",
+        "-",
+        "\n",
+    ]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(150)]
+    return " ".join(rng.choices(words, weights=range(150, 0, -1), k=size))
+
+
+def reference_of(tokenizer):
+    vocabulary = tokenizer._vocabulary
+    return bpe_reference.BPEModel(
+        tokens=vocabulary.tokens(),
+        merges=vocabulary.merges,
+        byte_ids=vocabulary.byte_ids(),
+        special_ids=vocabulary.special_ids,
+        ignore_merges=vocabulary.ignore_merges,
+        add_prefix_space=vocabulary.add_prefix_space,
+    )
+
+
+def load_in_hf(path):
+    other = tokenizers.Tokenizer.from_file(str(path))
+    other.encode_special_tokens = True  # a special token's name in a text is text
+    return other
+
+
+def train_in_hf(texts, vocab_size, min_frequency=2, **kwargs):
+    other = tokenizers.Tokenizer(models.BPE(**kwargs))
+    other.pre_tokenizer = BYTE_LEVEL
+    other.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    other.train_from_iterator(texts, trainer)
+    return other
+
+
+def merges_of_hf(other):
+    merges = json.loads(other.to_str())["model"]["merges"]
+    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+
+
+def merges_of(tokenizer):
+    names = tokenizer._vocabulary.names
+    return [(names[a], names[b]) for a, b, _ in tokenizer._vocabulary.merges.tolist()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train([prose(0), " ".join(FRAGMENTS) * 3], vocab_size=500)
+
+
+@pytest.fixture(scope="module")
+def file(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hf(file):
+    return load_in_hf(file)
+
+
+# Splitting
+
+
+SPLITTERS = [pytest.param(bpe_reference.pretokenize, id="python")]
+if C is not None:
+    SPLITTERS.append(pytest.param(C.bpe_pretokenize, id="c++"))
+
+
+@pytest.mark.parametrize("split", SPLITTERS)
+@given(text=awkward)
+@settings(max_examples=400)
+def test_pieces_are_those_of_the_published_pattern(split, text):
+    assert split(text) == PUBLISHED.findall(text)
+
+
+@pytest.mark.parametrize("split", SPLITTERS)
+@given(text=awkward)
+@settings(max_examples=200)
+def test_pieces_are_those_of_tokenizers(split, text):
+    expected = [piece for piece, _ in BYTE_LEVEL.pre_tokenize_str(text)]
+    assert [to_alphabet(piece.encode()) for piece in split(text)] == expected
+
+
+@pytest.mark.parametrize("split", SPLITTERS)
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("", []),
+        ("   ", ["   "]),
+        ("  a", [" ", " a"]),
+        (" \na", [" ", "\n", "a"]),
+        ("a \n\n b", ["a", " \n\n", " b"]),
+        ("it's I'LL", ["it", "'s", " I", "'", "LL"]),
+        ("'tis ''s", ["'t", "is", " ''", "s"]),
+        ("x\u3000\u3000y", ["x", "\u3000", "\u3000", "y"]),
+        ("1a²", ["1", "a", "²"]),
+        ("e\u0301", ["e", "\u0301"]),
+    ],
+)
+def test_known_pieces(split, text, pieces):
+    assert split(text) == pieces
+
+
+def class_letters(ranges):
+    return {
+        chr(code)
+        for item in ranges.split()
+        for first, last in [item.split("-")]
+        for code in range(int(first, 16), int(last, 16) + 1)
+    }
+
+
+CLASSES = {
+    "L": class_letters(unicode_classes.LETTER),
+    "N": class_letters(unicode_classes.NUMBER),
+    "s": class_letters(unicode_classes.SPACE),
+}
+
+
+def class_of(char):
+    return next((name for name, chars in CLASSES.items() if char in chars), "other")
+
+
+def all_characters():
+    return (chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
+
+
+def probed_class(split, char):
+    """The class that ``split`` gives ``char``, seen from which neighbours it joins."""
+    probes = {"L": f"a{char}a", "N": f"1{char}1", "other": f"!{char}!"}
+    return next((name for name, text in probes.items() if len(split(text)) == 1), "s")
+
+
+@needs_extension
+def test_compiled_classes_are_those_of_the_specification_for_all_characters():
+    assert C.bpe_unicode_version == unicode_classes.UNICODE_VERSION
+    wrong = [c for c in all_characters() if probed_class(C.bpe_pretokenize, c) != class_of(c)]
+    assert wrong == []
+
+
+def test_classes_differ_from_the_regex_packages_only_where_its_unicode_is_newer():
+    patterns = {
+        "L": regex.compile(r"\p{L}"),
+        "N": regex.compile(r"\p{N}"),
+        "s": regex.compile(r"\s"),
+    }
+    text = "".join(all_characters())
+    for name, pattern in patterns.items():
+        theirs = set(pattern.findall(text))
+        assert CLASSES[name] <= theirs
+        assert all(class_of(c) == "other" for c in theirs - CLASSES[name])
+
+
+@pytest.mark.slow
+def test_classes_are_those_of_tokenizers_for_all_characters():
+    def split(text):
+        return BYTE_LEVEL.pre_tokenize_str(text)
+
+    if probed_class(split, "\u1c89") != "L" or probed_class(split, "\U00010940") != "other":
+        pytest.skip(f"tokenizers {tokenizers.__version__} does not have Unicode 16.0")
+    assert [c for c in all_characters() if probed_class(split, c) != class_of(c)] == []
+
+
+# Encoding and decoding
+
+
+@given(text=awkward)
+@settings(max_examples=300)
+def test_ids_are_those_of_tokenizers(tokenizer, hf, text):
+    assert tokenizer.encode(text) == hf.encode(text, add_special_tokens=False).ids
+
+
+@given(text=awkward)
+@settings(max_examples=200)
+def test_decoding_gives_the_text_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(np.array(ids, dtype=np.uint16)) == text.encode()
+    assert tokenizer.decode_bytes(iter(ids)) == text.encode()
+
+
+@given(text=awkward)
+@settings(max_examples=200)
+def test_ids_are_those_of_the_specification(tokenizer, text):
+    assert tokenizer.encode(text) == reference_of(tokenizer).encode(text, replace=False)
+
+
+@given(texts=st.lists(awkward, max_size=8), add_eos=st.booleans(), threads=st.sampled_from([1, 2]))
+@settings(max_examples=100)
+def test_a_batch_is_its_texts(tokenizer, texts, add_eos, threads):
+    ids, offsets = tokenizer.encode_batch(texts, add_eos=add_eos, threads=threads)
+    parts = [ids[a:b].tolist() for a, b in pairwise(offsets)]
+    assert parts == [tokenizer.encode(text, add_eos=add_eos) for text in texts]
+    assert ids.dtype == np.uint16
+    assert offsets.dtype == np.int64
+
+
+def test_threads_share_large_batches_without_changing_the_ids(tokenizer):
+    texts = [prose(seed, size=20_000) for seed in range(12)]
+    one, two = (tokenizer.encode_batch(texts, True, threads) for threads in (1, 2))
+    assert np.array_equal(one[0], two[0])
+    assert np.array_equal(one[1], two[1])
+    assert one[0][one[1][1:] - 1].tolist() == [tokenizer.eos_id] * 12
+
+
+def test_one_tokenizer_serves_many_threads_at_once(tokenizer):
+    texts = [prose(seed, size=500) for seed in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tokenizer.encode, texts)) == [tokenizer.encode(t) for t in texts]
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "1", "!", "é", "漢", "ab", "'s", "aab", "😀"])
+def test_long_runs_have_the_ids_of_tokenizers(tokenizer, hf, unit):
+    for length in (1, 2, 15, 23, 24, 47, 48, 49, 50, 1000):
+        text = unit * length
+        assert tokenizer.encode(text) == hf.encode(text, add_special_tokens=False).ids
+
+
+def test_a_million_of_one_letter(tokenizer):
+    ids = tokenizer.encode("a" * 1_000_000)
+    assert tokenizer.decode(ids) == "a" * 1_000_000
+    longest = len(tokenizer.id_to_token(ids[0]))
+    assert len(ids) <= 1_000_000 // longest + longest
+
+
+@needs_extension
+@given(text=st.text(alphabet="abc", min_size=49, max_size=300), seed=st.integers(0, 5))
+@settings(max_examples=50)
+def test_short_and_long_pieces_merge_alike_even_with_odd_merges(text, seed):
+    """Ranks in random order: merging all of one pair at once would differ from the rule."""
+    tokenizer = with_shuffled_merges(seed)
+    expected = reference_of(tokenizer).encode(text, replace=False)
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.encode(text[:30]) == reference_of(tokenizer).encode(text[:30], replace=False)
+
+
+def with_shuffled_merges(seed):
+    trained = BPETokenizer.train(["abcabbaccabacbbacbcabcacbab " * 20], vocab_size=300)
+    vocabulary = trained._vocabulary
+    rows = vocabulary.merges.tolist()
+    random.Random(seed).shuffle(rows)
+    object.__setattr__(vocabulary, "merges", np.array(rows, dtype=np.uint32))
+    return BPETokenizer(vocabulary)
+
+
+def test_special_tokens_never_come_from_text(tokenizer):
+    ids = tokenizer.encode(f"a{EOS}b", add_eos=True)
+    assert tokenizer.eos_id == 0
+    assert ids.count(0) == 1
+    assert ids[-1] == 0
+    assert tokenizer.decode(ids) == f"a{EOS}b{EOS}"
+
+
+def test_empty_inputs(tokenizer):
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([]) == ""
+    ids, offsets = tokenizer.encode_batch([])
+    assert ids.tolist() == []
+    assert offsets.tolist() == [0]
+    ids, offsets = tokenizer.encode_batch(["", ""], add_eos=True)
+    assert ids.tolist() == [0, 0]
+    assert offsets.tolist() == [0, 1, 2]
+
+
+@given(text=awkward, cut=st.integers(0, 30))
+@settings(max_examples=100)
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(tokenizer, text, cut):
+    ids = tokenizer.encode(text)[cut:]
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.push(i) for i in ids]
+    if cut == 0:
+        assert "".join(pieces) == text
+    assert "".join(pieces) + decoder.finish() == tokenizer.decode(ids)
+
+
+def test_streaming_holds_back_incomplete_characters():
+    bytes_only = BPETokenizer.train(["x"], vocab_size=257)
+    ids = bytes_only.encode("é😀")
+    decoder = bytes_only.stream_decoder()
+    assert [decoder.push(i) for i in ids] == ["", "é", "", "", "", "😀"]
+    assert decoder.finish() == ""
+    assert decoder.push(ids[0]) == ""
+    assert decoder.finish() == "\ufffd"
+
+
+def test_large_vocabularies_have_int32_ids():
+    pairs = list(product(range(1, 257), repeat=2))
+    names = [EOS, *BYTE_TO_CHAR]
+    names += [names[left] + names[right] for left, right in pairs]
+    merges = np.array([(*pair, 257 + i) for i, pair in enumerate(pairs)], dtype=np.uint32)
+    large = BPETokenizer(BPEVocabulary(names=names, merges=merges, special_ids=[0], eos_id=0))
+    ids, _ = large.encode_batch(["ÿÿab", "\x00"])
+    assert ids.dtype == np.int32
+    assert [large.id_to_token(i) for i in ids] == ["Ã", "¿Ã", "¿", "ab", "Ā"]
+    assert large.decode(ids) == "ÿÿab\x00"
+
+
+# Training
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("min_frequency", [1, 2, 5])
+def test_merges_are_those_of_tokenizers(seed, min_frequency):
+    texts = [prose(seed, size=600), prose(seed + 100, size=100)]
+    ours = BPETokenizer.train(texts, 900, min_frequency)
+    theirs = train_in_hf(texts, 900, min_frequency)
+    assert merges_of(ours) == merges_of_hf(theirs)
+    assert ours.vocab == theirs.get_vocab()
+
+
+@given(text=st.text(alphabet="ab ", max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_ties_and_overlaps_are_merged_as_in_tokenizers(text):
+    ours = BPETokenizer.train([text + "x"], 290, 1)
+    assert merges_of(ours) == merges_of_hf(train_in_hf([text + "x"], 290, 1))
+
+
+@needs_extension
+@given(texts=st.lists(awkward, min_size=1, max_size=6))
+@settings(max_examples=60)
+def test_the_compiled_counter_is_the_specification(texts):
+    counters = C.BPECounter(), bpe_reference.BPECounter()
+    for counter in counters:
+        counter.add(texts, False, 2)
+    (pieces, counts), (expected_pieces, expected_counts) = (counter.items() for counter in counters)
+    assert pieces == expected_pieces
+    assert counts.tolist() == expected_counts.tolist()
+    byte_ids = list(range(1, 257))
+    ours, expected = (counter.train(byte_ids, 257, 330, 1).tolist() for counter in counters)
+    assert ours == expected
+
+
+def test_training_does_not_depend_on_threads_or_batches():
+    texts = [prose(seed, size=20_000) for seed in range(8)]
+    expected = merges_of(BPETokenizer.train(texts, 500, threads=1))
+    assert merges_of(BPETokenizer.train(iter(texts), 500, threads=2)) == expected
+    counter = BPETokenizer.counter()
+    for text in reversed(texts):
+        counter.add([text], threads=2)
+    assert merges_of(BPETokenizer.from_counter(counter, 500)) == expected
+
+
+def test_learning_again_from_one_counter_gives_the_same():
+    counter = BPETokenizer.counter()
+    counter.add([prose(1)])
+    first = merges_of(BPETokenizer.from_counter(counter, 400))
+    assert merges_of(BPETokenizer.from_counter(counter, 400)) == first
+    counter.add([prose(2)])
+    assert merges_of(BPETokenizer.from_counter(counter, 400)) != first
+
+
+def test_a_small_corpus_gives_a_small_vocabulary():
+    small = BPETokenizer.train(["ab ab"], vocab_size=1000)
+    assert merges_of(small) == [("a", "b")]
+    assert small.vocab_size == 258
+    assert small.id_to_token(257) == "ab"
+
+
+def test_ids_begin_with_the_special_token_and_the_bytes(tokenizer):
+    assert tokenizer.id_to_token(0) == EOS
+    assert [tokenizer.id_to_token(i) for i in range(1, 257)] == sorted(
+        pre_tokenizers.ByteLevel.alphabet()
+    )
+    assert tokenizer.kind == "bpe"
+    assert tokenizer.unk_id is None
+    assert tokenizer.vocab_size == len(tokenizer.vocab) == 500
+
+
+# Files
+
+
+def test_saving_and_loading_change_nothing(tokenizer, file, tmp_path):
+    loaded = BPETokenizer.load(file)
+    assert loaded.vocab == tokenizer.vocab
+    assert merges_of(loaded) == merges_of(tokenizer)
+    assert loaded.encode(prose(3)) == tokenizer.encode(prose(3))
+    loaded.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_files_of_tokenizers_load(tmp_path, ignore_merges, add_prefix_space):
+    other = train_in_hf([prose(5)], 500, ignore_merges=ignore_merges)
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(other.to_str())
+    # A token that no merge leads to is found only with ignore_merges.
+    extra_id = len(content["model"]["vocab"])
+    content["model"]["vocab"]["Ġzqzq"] = extra_id
+    path.write_text(json.dumps(content), encoding="utf-8")
+    ours, theirs = BPETokenizer.load(path), load_in_hf(path)
+    for text in ("", " ", "a", " zqzq", "x zqzq", prose(6), "\nzqzq", "zqzq" * 20):
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == expected
+        assert reference_of(ours).encode(text, replace=False) == expected
+    assert (extra_id in ours.encode("x zqzq")) == ignore_merges
+
+
+def test_merges_as_pairs_and_as_strings_load_alike(file, tmp_path):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["merges"] = [merge.split(" ") for merge in content["model"]["merges"]]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert merges_of(BPETokenizer.load(path)) == merges_of(BPETokenizer.load(file))
+
+
+def test_a_special_token_at_the_end_is_the_eos(tmp_path):
+    other = train_in_hf([prose(5)], 400)
+    other.add_special_tokens(["<|im_end|>"])
+    path = tmp_path / "tokenizer.json"
+    other.save(str(path))
+    loaded = BPETokenizer.load(path, eos_token="<|im_end|>")
+    assert loaded.eos_id == loaded.vocab_size - 1 == other.token_to_id("<|im_end|>")
+    assert loaded.decode([loaded.eos_id]) == "<|im_end|>"
+
+
+def change(**paths):
+    """A function that sets values in a nested object; keys are paths joined by two underscores."""
+
+    def apply(content):
+        for path, value in paths.items():
+            *parents, last = path.split("__")
+            target = content
+            for key in parents:
+                target = target[key]
+            target[last] = value
+
+    return apply
+
+
+def rename_token(old, new):
+    def apply(content):
+        vocab = content["model"]["vocab"]
+        vocab[new] = vocab.pop(old)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change(normalizer={"type": "NFC"}), 'normalizer "NFC", which is not supported'),
+        (change(truncation={"max_length": 4}), "truncation"),
+        (change(padding={"strategy": "BatchLongest"}), "padding"),
+        (change(pre_tokenizer={"type": "Metaspace"}), 'pre_tokenizer "Metaspace"'),
+        (change(pre_tokenizer=None), "pre_tokenizer null"),
+        (change(pre_tokenizer__use_regex=False), "use_regex false"),
+        (change(decoder={"type": "Fuse"}), 'decoder "Fuse"'),
+        (change(post_processor={"type": "TemplateProcessing"}), "TemplateProcessing"),
+        (change(model__type="WordPiece"), 'model "WordPiece"'),
+        (change(model__dropout=0.1), "model.dropout 0.1"),
+        (change(model__end_of_word_suffix="</w>"), "model.end_of_word_suffix"),
+        (change(model__vocab=[]), "model.vocab is not a JSON object"),
+        (change(model__merges=None), "model.merges is not a JSON array"),
+        (change(model__merges=["a b", "nospace"]), "broken merge 1, 'a' 'b': 'ab' is not in"),
+        (change(model__merges=["nospace"]), 'broken merge 1: "nospace" is not two tokens'),
+        (change(model__merges=[["a", 1]]), "broken merge 1"),
+        (change(model__vocab__zz=9999), "has no token with id 500, though the highest id is 9999"),
+        (change(model__vocab__zz=5), "one id: 5"),
+        (change(model__vocab__zz=-1), "gives the token 'zz' the id -1"),
+        (change(model__vocab__zz=True), "gives the token 'zz' the id true"),
+        (rename_token("a", "aqqq"), "has no token for the byte 0x61 ('a')"),
+        (rename_token("a", "a b"), "has the token 'a b', but ' ' in it stands for no byte"),
+        (rename_token("a", ""), "has the token '', but it is empty"),
+        (change(added_tokens=[]), "<|endoftext|>"),
+        (change(added_tokens=[{"id": 3, "content": EOS, "special": True}]), "two ids: 0 and 3"),
+        (change(added_tokens=[{"id": 500, "content": "x y", "special": False}]), "not special"),
+        (change(added_tokens=[{"content": "x"}]), "without content and id"),
+    ],
+)
+def test_a_file_that_is_wrong_says_what_is(file, tmp_path, edit, message):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    edit(content)
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        BPETokenizer.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_missing_special_token(file, tmp_path):
+    with pytest.raises(InputError, match=r"none\.json"):
+        BPETokenizer.load(tmp_path / "none.json")
+    with pytest.raises(InputError, match=r"no special token </s> \(it has: <\|endoftext\|>\)"):
+        BPETokenizer.load(file, eos_token="</s>")
+
+
+# Errors
+
+
+def test_lone_surrogates_are_refused_or_replaced(tokenizer):
+    text = "ok \ud800 é"
+    with pytest.raises(InputError, match=r"the text has the lone surrogate \\ud800 at position 3"):
+        tokenizer.encode(text)
+    with pytest.raises(InputError, match=r"text 1 has the lone surrogate \\udfff at position 1"):
+        tokenizer.encode_batch(["fine", "a\udfff", text])
+    replaced = tokenizer.encode("ok \ufffd é")
+    assert tokenizer.encode(text, errors="replace") == replaced
+    assert tokenizer.encode_batch([text], errors="replace")[0].tolist() == replaced
+    assert tokenizer.encode("\U0001f600\udc00", errors="replace") == tokenizer.encode("😀\ufffd")
+
+
+def test_a_batch_with_a_lone_surrogate_is_not_counted():
+    counter = BPETokenizer.counter()
+    with pytest.raises(InputError, match="text 1 has the lone surrogate"):
+        counter.add(["a", "\ud800"])
+    assert len(counter) == 0
+    counter.add(["a", "\ud800"], errors="replace")
+    assert counter.items()[0] == [b"a", "\ufffd".encode()]
+
+
+@pytest.mark.parametrize("bad", [-1, 500, 1 << 40, 1 << 70])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer, bad):
+    with pytest.raises(InputError, match=f"id {bad} at position 1 is not in the vocabulary of 500"):
+        tokenizer.decode([5, bad])
+    for function in (tokenizer.id_to_token, tokenizer.stream_decoder().push):
+        with pytest.raises(InputError, match=f"id {bad} is not in the vocabulary of 500"):
+            function(bad)
+
+
+def test_ids_that_are_no_row_of_integers_are_refused(tokenizer):
+    for bad in ([0.5], [[1, 2]], ["a"], (0.5,), np.zeros((2, 2), dtype=np.int64)):
+        with pytest.raises(InputError, match="one row of integers"):
+            tokenizer.decode(bad)
+
+
+def test_bad_arguments(tokenizer):
+    with pytest.raises(InputError, match="vocab_size is 256; it must be at least 257"):
+        BPETokenizer.train(["a"], vocab_size=256)
+    with pytest.raises(InputError, match="min_frequency is 0"):
+        BPETokenizer.train(["a"], min_frequency=0)
+    with pytest.raises(InputError, match="threads is 0"):
+        tokenizer.encode_batch(["a"], threads=0)
+    with pytest.raises(InputError, match="errors is 'ignore'"):
+        tokenizer.encode("a", errors="ignore")
+    for texts in ([], ["", ""]):
+        with pytest.raises(InputError, match="empty"):
+            BPETokenizer.train(texts)
+
+
+def test_pickling(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.vocab == tokenizer.vocab
+    assert copy.encode(prose(4)) == tokenizer.encode(prose(4))
+
+
+def test_the_python_implementation_gives_the_same(file, tokenizer, monkeypatch):
+    monkeypatch.setenv("TINYLM_TOKENIZER", "python")
+    slow = BPETokenizer.load(file)
+    assert isinstance(slow._model, bpe_reference.BPEModel)
+    texts = [prose(7, 300), "", "é\n"]
+    for ours, theirs in zip(
+        slow.encode_batch(texts, True), tokenizer.encode_batch(texts, True), strict=True
+    ):
+        assert ours.dtype == theirs.dtype
+        assert ours.tolist() == theirs.tolist()
+    assert slow.decode(slow.encode(texts[0])) == texts[0]
+    with pytest.raises(InputError, match="text 1 has the lone surrogate"):
+        slow.encode_batch(["a", "\ud800"])
+    assert slow.encode("\ud800", errors="replace") == tokenizer.encode("\ufffd")
+    with pytest.raises(InputError, match="id 500 at position 0"):
+        slow.decode([500])
+    with pytest.raises(InputError, match="one row of integers"):
+        slow.decode([0.5])
+    again = BPETokenizer.train([prose(0), " ".join(FRAGMENTS) * 3], vocab_size=500)
+    assert merges_of(again) == merges_of(tokenizer)
