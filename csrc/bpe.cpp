@@ -24,43 +24,82 @@ constexpr std::size_t kMaxPool = 64;
 // piece takes the place of the one that shares its slot, so memory is bounded.
 class PieceCache {
  public:
-  static constexpr std::size_t kMaxBytes = 23;
+  static constexpr std::size_t kMaxBytes = 24;
   static constexpr std::size_t kMaxIds = 9;
 
-  // A piece of 1 to kMaxBytes bytes, zero-padded, with its length at the end.
+  // The bytes of a piece and its length. Words overlap where the piece does not fill them, which is
+  // quicker than padding them, and one-to-one for a given length.
   struct Key {
-    explicit Key(std::string_view piece) : words{} {
-      char bytes[kMaxBytes + 1] = {};
-      std::memcpy(bytes, piece.data(), piece.size());
-      bytes[kMaxBytes] = static_cast<char>(piece.size());
-      std::memcpy(words, bytes, sizeof(words));
+    // `piece` has 1 to kMaxBytes bytes.
+    explicit Key(std::string_view piece) : length(static_cast<std::uint16_t>(piece.size())) {
+      const char* const begin = piece.data();
+      if (piece.size() < 8) {
+        words[0] = load_short(piece);
+        return;
+      }
+      words[0] = load<std::uint64_t>(begin);
+      words[1] = load<std::uint64_t>(begin + piece.size() - 8);
+      if (piece.size() > 16) words[2] = load<std::uint64_t>(begin + 8);
     }
-    Key() : words{} {}  // no piece
-    bool operator==(const Key& other) const {
-      return words[0] == other.words[0] && words[1] == other.words[1] && words[2] == other.words[2];
+
+    std::uint64_t hash() const {
+      std::uint64_t mixed = words[0] * 0x9E3779B97F4A7C15u;
+      mixed = ((mixed ^ mixed >> 32) + words[1]) * 0xD6E8FEB86659FD93u;
+      mixed = ((mixed ^ mixed >> 32) + words[2]) * 0xCA5A826395121157u;
+      return (mixed >> 32) + length;
     }
-    std::uint64_t words[3];
+
+    std::uint64_t words[3] = {};
+    std::uint16_t length;
   };
 
   // One cache line.
   struct alignas(64) Slot {
-    Key key;
-    std::uint32_t count = 0;
+    std::uint64_t words[3] = {};
+    std::uint16_t length = 0;  // 0: empty
+    std::uint16_t count = 0;
     TokenId ids[kMaxIds] = {};
+
+    bool holds(const Key& key) const {
+      return length == key.length && words[0] == key.words[0] && words[1] == key.words[1] &&
+             words[2] == key.words[2];
+    }
   };
 
   PieceCache() : slots_(kSlots) {}
 
-  // The only slot that can hold `key`; it does if its key is the same.
-  Slot& slot_of(const Key& key) {
-    std::uint64_t mixed = key.words[0] * 0x9E3779B97F4A7C15u;
-    mixed = ((mixed ^ mixed >> 32) + key.words[1]) * 0xD6E8FEB86659FD93u;
-    mixed = ((mixed ^ mixed >> 32) + key.words[2]) * 0xCA5A826395121157u;
-    return slots_[(mixed >> 32) & (kSlots - 1)];
+  // The only slot that may hold `key`.
+  Slot& slot_of(const Key& key) { return slots_[key.hash() & (kSlots - 1)]; }
+
+  static void fill(Slot& slot, const Key& key, const TokenId* ids, std::size_t count) {
+    std::copy(key.words, key.words + 3, slot.words);
+    slot.length = key.length;
+    slot.count = static_cast<std::uint16_t>(count);
+    std::copy(ids, ids + count, slot.ids);
   }
 
  private:
   static constexpr std::size_t kSlots = std::size_t{1} << 16;
+
+  template <class Word>
+  static Word load(const char* at) {
+    Word word;
+    std::memcpy(&word, at, sizeof(word));
+    return word;
+  }
+
+  // 1 to 7 bytes.
+  static std::uint64_t load_short(std::string_view piece) {
+    const std::size_t size = piece.size();
+    if (size >= 4) {
+      const std::uint64_t first = load<std::uint32_t>(piece.data());
+      return first << 32 | load<std::uint32_t>(piece.data() + size - 4);
+    }
+    const auto byte = [&](std::size_t i) -> std::uint64_t {
+      return static_cast<unsigned char>(piece[i]);
+    };
+    return byte(0) << 16 | byte(size / 2) << 8 | byte(size - 1);
+  }
 
   std::vector<Slot> slots_;
 };
@@ -134,17 +173,14 @@ void BpeModel::encode_piece(std::string_view piece, Scratch& scratch,
   if (piece.size() > PieceCache::kMaxBytes) return merge_piece(piece, scratch, ids);
   const PieceCache::Key key(piece);
   PieceCache::Slot& slot = scratch.cache.slot_of(key);
-  if (slot.key == key) {
+  if (slot.holds(key)) {
     ids.insert(ids.end(), slot.ids, slot.ids + slot.count);
     return;
   }
   const std::size_t start = ids.size();
   merge_piece(piece, scratch, ids);
   const std::size_t count = ids.size() - start;
-  if (count > PieceCache::kMaxIds) return;
-  slot.key = key;
-  slot.count = static_cast<std::uint32_t>(count);
-  std::copy(ids.begin() + static_cast<std::ptrdiff_t>(start), ids.end(), slot.ids);
+  if (count <= PieceCache::kMaxIds) PieceCache::fill(slot, key, &ids[start], count);
 }
 
 void BpeModel::merge_piece(std::string_view piece, Scratch& scratch,

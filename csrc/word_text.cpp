@@ -6,7 +6,8 @@
 
 #include "utf8.hpp"
 
-#if defined(__SSE2__) || defined(_M_X64)
+// TINYLM_PORTABLE leaves vector instructions out, to test what other processors run.
+#if (defined(__SSE2__) || defined(_M_X64)) && !defined(TINYLM_PORTABLE)
 #include <emmintrin.h>
 #define TINYLM_SSE2 1
 #endif

@@ -249,6 +249,7 @@ def test_decoding_gives_the_text_back(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(np.array(ids, dtype=np.uint16)) == text.encode()
+    assert tokenizer.decode_bytes(iter(ids)) == text.encode()
 
 
 @given(text=awkward)
@@ -583,7 +584,7 @@ def test_a_batch_with_a_lone_surrogate_is_not_counted():
     assert counter.items()[0] == [b"a", "\ufffd".encode()]
 
 
-@pytest.mark.parametrize("bad", [-1, 500, 1 << 40])
+@pytest.mark.parametrize("bad", [-1, 500, 1 << 40, 1 << 70])
 def test_ids_outside_the_vocabulary_are_refused(tokenizer, bad):
     with pytest.raises(InputError, match=f"id {bad} at position 1 is not in the vocabulary of 500"):
         tokenizer.decode([5, bad])
@@ -593,7 +594,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer, bad):
 
 
 def test_ids_that_are_no_row_of_integers_are_refused(tokenizer):
-    for bad in ([0.5], [[1, 2]], np.zeros((2, 2), dtype=np.int64)):
+    for bad in ([0.5], [[1, 2]], ["a"], (0.5,), np.zeros((2, 2), dtype=np.int64)):
         with pytest.raises(InputError, match="one row of integers"):
             tokenizer.decode(bad)
 
@@ -634,5 +635,7 @@ def test_the_python_implementation_gives_the_same(file, tokenizer, monkeypatch):
     assert slow.encode("\ud800", errors="replace") == tokenizer.encode("\ufffd")
     with pytest.raises(InputError, match="id 500 at position 0"):
         slow.decode([500])
+    with pytest.raises(InputError, match="one row of integers"):
+        slow.decode([0.5])
     again = BPETokenizer.train([prose(0), " ".join(FRAGMENTS) * 3], vocab_size=500)
     assert merges_of(again) == merges_of(tokenizer)

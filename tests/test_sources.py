@@ -129,6 +129,8 @@ def test_cut_pieces_join_to_the_text(tmp_path_factory: pytest.TempPathFactory, t
 def test_huge_document_is_cut_anywhere(tmp_path: Path) -> None:
     pieces = read(write(tmp_path / "a.txt", ("é" * 3_000_000).encode()))
     assert [len(piece) for piece in pieces] == [1 << 20, 1 << 20, 3_000_000 - (1 << 21)]
+    path = write(tmp_path / "b.txt", b"a " * 20_000_000)
+    assert {len(piece) for piece in read(path, cut=True)[:-1]} == {1 << 16}
 
 
 def test_many_text_files_stay_whole(tmp_path: Path) -> None:

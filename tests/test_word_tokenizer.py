@@ -150,6 +150,14 @@ def test_word_lengths_and_alignments(length, wide):
     assert_same(texts)
 
 
+@pytest.mark.parametrize("wide", ["", "é", "中", "😀"])
+def test_every_ascii_character_in_a_block(wide):
+    """Whole blocks of ASCII have a path of their own, for each width of characters."""
+    assert_same(
+        [f"{'Ab' * 8}{'Zy' * at}{chr(c)}" * 3 + wide for c in range(128) for at in range(8)]
+    )
+
+
 @pytest.mark.parametrize("unit", ["a", "Σ", "Σ.", "é", "中", "😀", "'", "İ", "\ud800"])
 def test_long_runs(unit):
     """A run that no separator cuts is one piece; work and memory stay linear."""

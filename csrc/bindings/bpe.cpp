@@ -212,9 +212,13 @@ std::pair<py::array, py::array> encode_batch(const BpeModel& model, const py::se
                                     encoded.offsets.data())};
 }
 
-py::bytes decode(const BpeModel& model, const IdArray& ids) {
-  const std::int64_t* const first = ids.data();
-  const std::int64_t* const last = first + ids.size();
+py::index_error not_in_vocabulary(const BpeModel& model, const std::string& id,
+                                  std::size_t position) {
+  return py::index_error("id " + id + " at position " + std::to_string(position) +
+                         " is not in the vocabulary of " + std::to_string(model.vocab_size()));
+}
+
+py::bytes decode_range(const BpeModel& model, const std::int64_t* first, const std::int64_t* last) {
   const auto limit = static_cast<std::int64_t>(model.vocab_size());
   std::string bytes;
   const std::int64_t* bad = last;
@@ -227,11 +231,27 @@ py::bytes decode(const BpeModel& model, const IdArray& ids) {
     for (auto id = first; id != bad; ++id) bytes.append(model.token(static_cast<TokenId>(*id)));
   }
   if (bad != last) {
-    throw py::index_error("id " + std::to_string(*bad) + " at position " +
-                          std::to_string(bad - first) + " is not in the vocabulary of " +
-                          std::to_string(limit));
+    throw not_in_vocabulary(model, std::to_string(*bad), static_cast<std::size_t>(bad - first));
   }
   return py::bytes(bytes);
+}
+
+py::bytes decode(const BpeModel& model, const IdArray& ids) {
+  return decode_range(model, ids.data(), ids.data() + ids.size());
+}
+
+// Reads a list directly: numpy takes several times as long to make an array of one.
+py::bytes decode_list(const BpeModel& model, const py::list& list) {
+  std::vector<std::int64_t> ids;
+  ids.reserve(list.size());
+  for (const py::handle item : list) {
+    int overflow = 0;
+    const long long id = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
+    if (id == -1 && PyErr_Occurred()) throw py::error_already_set();
+    if (overflow != 0) throw not_in_vocabulary(model, py::str(item), ids.size());
+    ids.push_back(id);
+  }
+  return decode_range(model, ids.data(), ids.data() + ids.size());
 }
 
 void count(BpeCounter& counter, const py::sequence& texts, bool replace, int threads) {
@@ -299,6 +319,7 @@ void bind_bpe(py::module_& m) {
       .def("encode", &encode, py::arg("text"), py::arg("replace"))
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("eos_id"), py::arg("replace"),
            py::arg("threads"))
+      .def("decode", &decode_list, py::arg("ids"))
       .def("decode", &decode, py::arg("ids"));
 
   py::class_<BpeCounter>(m, "BPECounter")

@@ -59,7 +59,7 @@ def prepare(
             holds something else, or the disk is full.
     """
     cache = _cache(cache_dir)
-    ready = None if config.trains_tokenizer else _existing(Path(config.tokenizer).expanduser())
+    ready = None if config.trains_tokenizer else _tokenizer_file(config.tokenizer)
     kind = config.tokenizer if ready is None else load_tokenizer(ready).kind
     corpus = _open_corpus(config, kind)
     settings = {
@@ -71,7 +71,7 @@ def prepare(
         "document_eos": config.document_eos,
     }
     job = _Job.plan(corpus, settings, ("train", "valid"), cache, out, progress)
-    return job.run(lambda: _make_tokenizer(job, config, ready))
+    return job.run(lambda: _make_tokenizer(job, config.target_vocab_size, kind, ready))
 
 
 def encode_documents(
@@ -104,10 +104,10 @@ def encode_documents(
         InputError: as in `prepare`.
     """
     cache = _cache(cache_dir)
-    tokenizer_path = _existing(Path(tokenizer))
+    tokenizer_path = _tokenizer_file(tokenizer)
     surrogates = load_tokenizer(tokenizer_path).kind == "word"
     source = open_source(data, text_field=text_field, errors=errors, surrogates=surrogates)
-    spelling_path = None if spelling is None else _existing(Path(spelling))
+    spelling_path = None if spelling is None else Path(spelling)
     settings = {
         "text_field": text_field,
         "errors": errors,
@@ -169,8 +169,9 @@ class _Job:
     def path(self) -> Path:
         return self.folder.path
 
-    def stage(self, title: str) -> Stage:
-        return Stage(title, self.corpus.sources, self.progress)
+    def training_stage(self, title: str) -> Stage:
+        """Shows the reading of the source that training documents come from."""
+        return Stage(title, self.corpus.sources[:1], self.progress)
 
     def run(self, make_tokenizer: Callable[[], dict[str, Any]]) -> Dataset:
         """Opens the finished folder, or makes it with ``make_tokenizer`` as the first stage."""
@@ -214,7 +215,7 @@ class _Job:
     def _encode(self, costs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         tokenizer = load_tokenizer(self.path / TOKENIZER)
         spelling = self.path / SPELLING
-        with self.stage("encode") as stage:
+        with Stage("encode", self.corpus.sources, self.progress) as stage:
             return encode_corpus(
                 self.corpus,
                 self.path,
@@ -241,37 +242,38 @@ class _Job:
         }
 
 
-def _make_tokenizer(job: _Job, config: DataConfig, ready: Path | None) -> dict[str, Any]:
+def _make_tokenizer(
+    job: _Job, vocab_size: int | None, kind: str, ready: Path | None
+) -> dict[str, Any]:
     """Writes the tokenizer and, for words, the spelling model; returns training's word costs."""
-    existing = None if ready is None else load_tokenizer(ready)
-    if existing is not None:
-        assert ready is not None
+    if ready is not None:
         _copy(ready, job.path / TOKENIZER)
-    if existing is None and config.tokenizer == "bpe":
-        _train_bpe(job, config)
-    if (existing is None and config.tokenizer == "word") or isinstance(existing, WordTokenizer):
-        return {"train": _fit_words(job, config, existing)}
+    if kind == "word":
+        return {"train": _fit_words(job, vocab_size)}
+    if vocab_size is not None:
+        _train_bpe(job, vocab_size)
     return {}
 
 
-def _train_bpe(job: _Job, config: DataConfig) -> None:
+def _train_bpe(job: _Job, vocab_size: int) -> None:
     from tinylm.tokenizer import BPETokenizer
 
-    assert config.target_vocab_size is not None
     counter = BPETokenizer.counter()
-    with job.stage("train tokenizer") as stage:
+    with job.training_stage("train tokenizer") as stage:
         count_training(job.corpus, counter, stage)
-        tokenizer = BPETokenizer.from_counter(counter, config.target_vocab_size)
+        tokenizer = BPETokenizer.from_counter(counter, vocab_size)
     tokenizer.save(job.path / TOKENIZER)
 
 
-def _fit_words(job: _Job, config: DataConfig, tokenizer: WordTokenizer | None) -> dict[str, Any]:
+def _fit_words(job: _Job, vocab_size: int | None) -> dict[str, Any]:
+    """``vocab_size`` is ``None`` where the folder already has its tokenizer."""
     counter = WordTokenizer.counter()
-    with job.stage("train tokenizer" if tokenizer is None else "count words") as stage:
+    with job.training_stage("count words" if vocab_size is None else "train tokenizer") as stage:
         count_training(job.corpus, counter, stage)
-        if tokenizer is None:
-            assert config.target_vocab_size is not None
-            tokenizer = WordTokenizer.from_counter(counter, config.target_vocab_size)
+        if vocab_size is None:
+            tokenizer = WordTokenizer.load(job.path / TOKENIZER)
+        else:
+            tokenizer = WordTokenizer.from_counter(counter, vocab_size)
             tokenizer.save(job.path / TOKENIZER)
         spelling = SpellingModel.fit(*unknown_words(counter, tokenizer))
         spelling.save(job.path / SPELLING)
@@ -296,7 +298,8 @@ def _cache(cache_dir: _Path | None) -> Path:
     return default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
 
 
-def _existing(path: Path) -> Path:
+def _tokenizer_file(tokenizer: _Path) -> Path:
+    path = Path(tokenizer).expanduser()
     if not path.is_file():
         raise InputError(
             f"no such file: {path}; a tokenizer is 'word', 'bpe' or the path of a tokenizer.json"

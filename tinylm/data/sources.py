@@ -26,7 +26,7 @@ _FILE_ENDINGS = (".csv", ".tsv", ".json", ".gz", ".zst", ".zip", ".bz2", ".xz", 
 # Fewer text files than this are cut up, so that a random 5 % of the documents is not none.
 _FEW_FILES = 100
 _DOCUMENTS_OF_FEW_FILES = 400
-_LEAST_DOCUMENT_CHARS = 1 << 10
+_LEAST_CUT_CHARS, _MOST_CUT_CHARS = 1 << 10, 1 << 16
 
 
 class Source(ABC):
@@ -70,7 +70,8 @@ class FileSource(Source):
 
     A ``.txt`` file is one document, up to 1,048,576 characters; a longer one is cut there at the
     ends of paragraphs. Where ``cut`` is set and there are fewer than 100 text files, they are cut
-    shorter, into about 400 documents in all, because a split needs documents to choose from.
+    shorter, into 400 documents or more of 1,024 to 65,536 characters, because a split needs
+    documents to choose from.
     """
 
     def __init__(self, name: str, paths: Sequence[Path], options: ReadOptions, cut: bool) -> None:
@@ -115,7 +116,7 @@ class FileSource(Source):
         if not self._cut or len(sizes) >= _FEW_FILES:
             return MAX_DOCUMENT_CHARS
         share = sum(sizes) // _DOCUMENTS_OF_FEW_FILES
-        return min(max(share, _LEAST_DOCUMENT_CHARS), MAX_DOCUMENT_CHARS)
+        return min(max(share, _LEAST_CUT_CHARS), _MOST_CUT_CHARS)
 
 
 def open_source(

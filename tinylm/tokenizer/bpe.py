@@ -273,9 +273,11 @@ class BPETokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ``ids``, which need not be whole characters. Raises as `decode`."""
         try:
-            return bytes(self._model.decode(_id_array(ids)))
+            return bytes(self._model.decode(ids if isinstance(ids, list) else _id_array(ids)))
         except IndexError as error:
             raise InputError(str(error)) from None
+        except TypeError as error:
+            raise InputError(f"ids must be one row of integers: {error}") from None
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder to which ids are pushed one at a time."""

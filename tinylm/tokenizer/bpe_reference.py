@@ -130,15 +130,17 @@ class BPEModel:
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         return np.concatenate([np.empty(0, dtype), *parts]), offsets
 
-    def decode(self, ids: npt.NDArray[np.int64]) -> bytes:
+    def decode(self, ids: list[int] | npt.NDArray[np.int64]) -> bytes:
         """Bytes of ``ids``; ``IndexError`` if one is not in the vocabulary."""
-        for position, token_id in enumerate(ids.tolist()):
+        parts: list[bytes] = []
+        for position, token_id in enumerate(ids if isinstance(ids, list) else ids.tolist()):
             if not 0 <= token_id < len(self._tokens):
                 raise IndexError(
                     f"id {token_id} at position {position} is not in the vocabulary of "
                     f"{len(self._tokens)}"
                 )
-        return b"".join(self._tokens[token_id] for token_id in ids.tolist())
+            parts.append(self._tokens[token_id])
+        return b"".join(parts)
 
     def _encode_piece(self, piece: str) -> list[int]:
         ids = self._cache.get(piece)
