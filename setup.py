@@ -29,7 +29,7 @@ class BuildExtension(build_ext):
 
 def needs_recompile(object_file: str, source: str) -> bool:
     """Whether the source or any header is newer than the object file."""
-    headers = [*glob("csrc/**/*.hpp", recursive=True), *GENERATED.glob("*.inc")]
+    headers = glob("csrc/**/*.hpp", recursive=True) + glob(f"{GENERATED}/*.inc")
     newest = max(os.path.getmtime(path) for path in (source, *headers))
     return not os.path.exists(object_file) or os.path.getmtime(object_file) < newest
 

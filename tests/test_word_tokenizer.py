@@ -220,7 +220,7 @@ def test_batch_equals_single_and_threads_do_not_change_it():
     texts = [f"One {i}, two. UNKNOWN{i}! " * (i % 70) for i in range(300)] + ["", "x" * 99]
     tokenizer = WordTokenizer.train(texts[:150])
     single = [tokenizer.encode(text) for text in texts]
-    for threads in (None, 1, 2, 7):
+    for threads in (None, 1, 2, 7, 10**5):
         ids, offsets = tokenizer.encode_batch(texts, threads=threads)
         assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == single
     without = [tokenizer.encode(text, add_eos=False) for text in texts]
