@@ -610,6 +610,9 @@ def test_bad_arguments(tokenizer):
         tokenizer.encode_batch(["a"], threads=0)
     with pytest.raises(InputError, match="errors is 'ignore'"):
         tokenizer.encode("a", errors="ignore")
+    for function in (BPETokenizer.train, tokenizer.encode_batch, BPETokenizer.counter().add):
+        with pytest.raises(InputError, match="single str"):
+            function("text")
     for texts in ([], ["", ""]):
         with pytest.raises(InputError, match="empty"):
             BPETokenizer.train(texts)
