@@ -11,7 +11,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 GENERATED = Path("build") / "generated"
@@ -27,7 +27,14 @@ class BuildExtension(build_ext):
         super().build_extensions()
 
 
-ParallelCompile("TINYLM_BUILD_JOBS", needs_recompile=naive_recompile).install()
+def needs_recompile(object_file: str, source: str) -> bool:
+    """Whether the source or any header is newer than the object file."""
+    headers = glob("csrc/**/*.hpp", recursive=True) + glob(f"{GENERATED}/*.inc")
+    newest = max(os.path.getmtime(path) for path in (source, *headers))
+    return not os.path.exists(object_file) or os.path.getmtime(object_file) < newest
+
+
+ParallelCompile("TINYLM_BUILD_JOBS", needs_recompile=needs_recompile).install()
 
 setup(
     ext_modules=[

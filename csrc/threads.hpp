@@ -12,11 +12,13 @@
 
 namespace tinylm {
 
+constexpr int kMaxThreads = 256;
+
 // How many threads to use where the caller asked for `requested` (0 or less: as many as the machine
-// has for this process) and no more than `tasks` can be busy at once. At least 1.
+// has for this process) and no more than `tasks` can be busy at once: 1 to kMaxThreads.
 inline int resolve_threads(int requested, std::size_t tasks) {
   const int available = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  const int wanted = requested > 0 ? requested : available;
+  const int wanted = std::min(requested > 0 ? requested : available, kMaxThreads);
   const std::size_t useful = std::max<std::size_t>(1, tasks);
   return useful < static_cast<std::size_t>(wanted) ? static_cast<int>(useful) : wanted;
 }

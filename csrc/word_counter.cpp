@@ -7,18 +7,12 @@
 
 namespace tinylm {
 
-// Needs kReadAhead readable bytes at `word`.
-void WordCounter::Table::add(const char* word, std::size_t size, std::int64_t count,
-                             std::uint64_t first) {
-  if (entries.size() >= WordMap::kNone) throw std::length_error("too many different words");
+void WordCounter::Table::add(const char* word, std::size_t size, ShortKey key, std::uint64_t hash,
+                             std::int64_t count, std::uint64_t first) {
   const auto fresh = static_cast<std::uint32_t>(entries.size());
-  std::uint32_t index;
-  if (size <= kMaxShortWord) {
-    const ShortKey key = short_key(word, size);
-    index = map.find_or_add_short(key, short_hash(key), fresh);
-  } else {
-    index = map.find_or_add_long(word, size, fresh);
-  }
+  if (fresh == WordMap::kNone) throw std::length_error("too many different words");
+  const std::uint32_t index = size <= kMaxShortWord ? map.find_or_add_short(key, hash, fresh)
+                                                    : map.find_or_add_long(word, size, fresh);
   if (index == fresh) {
     entries.push_back({0, first, text.size(), size});
     text.insert(text.end(), word, word + size);
@@ -29,10 +23,11 @@ void WordCounter::Table::add(const char* word, std::size_t size, std::int64_t co
 }
 
 void WordCounter::Table::add_words(const Words& words, std::uint64_t piece) {
-  for (std::size_t i = 0; i < words.count; ++i) {
-    const std::uint32_t begin = words.bounds[2 * i], end = words.bounds[2 * i + 1];
-    add(words.text + begin, end - begin, 1, piece << 32 | i);
-  }
+  std::uint64_t place = piece << 32;
+  look_up_all(words, map,
+              [&](const char* word, std::size_t size, ShortKey key, std::uint64_t hash) {
+                add(word, size, key, hash, 1, place++);
+              });
 }
 
 template <class Iterator>
@@ -69,7 +64,9 @@ WordCounter::Table& WordCounter::merged() {
     Table& table = tables_[i];
     table.text.resize(table.text.size() + kReadAhead);
     for (const Entry& entry : table.entries) {
-      all.add(table.text.data() + entry.begin, entry.size, entry.count, entry.first);
+      const char* word = table.text.data() + entry.begin;
+      const ShortKey key = short_key(word, std::min(entry.size, kMaxShortWord));
+      all.add(word, entry.size, key, short_hash(key), entry.count, entry.first);
     }
     table = Table();
   }

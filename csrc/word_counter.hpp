@@ -46,7 +46,8 @@ class WordCounter {
     std::vector<Entry> entries;
     std::vector<char> text;
 
-    void add(const char* word, std::size_t size, std::int64_t count, std::uint64_t first);
+    void add(const char* word, std::size_t size, ShortKey key, std::uint64_t hash,
+             std::int64_t count, std::uint64_t first);
     void add_words(const Words& words, std::uint64_t piece);
     template <class Iterator>
     WordCounts counts(Iterator begin, Iterator end) const;

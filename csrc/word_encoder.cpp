@@ -63,18 +63,12 @@ std::size_t WordEncoder::max_ids(const std::vector<TextPiece>& pieces, std::size
 
 template <class Id>
 Id* WordEncoder::encode_words(const Words& words, Id* out) const {
-  for (std::size_t i = 0; i < words.count; ++i) {
-    const char* word = words.text + words.bounds[2 * i];
-    const std::size_t size = words.bounds[2 * i + 1] - words.bounds[2 * i];
-    std::uint32_t id;
-    if (size <= kMaxShortWord) {
-      const ShortKey key = short_key(word, size);
-      id = map_.find_short(key, short_hash(key));
-    } else {
-      id = map_.find_long(word, size);
-    }
-    *out++ = static_cast<Id>(id == WordMap::kNone ? unk_id_ : id);
-  }
+  look_up_all(words, map_,
+              [&](const char* word, std::size_t size, ShortKey key, std::uint64_t hash) {
+                const std::uint32_t id =
+                    size <= kMaxShortWord ? map_.find_short(key, hash) : map_.find_long(word, size);
+                *out++ = static_cast<Id>(id == WordMap::kNone ? unk_id_ : id);
+              });
   return out;
 }
 

@@ -6,7 +6,8 @@
 
 #include "utf8.hpp"
 
-#if defined(__SSE2__) || defined(_M_X64)
+// TINYLM_PORTABLE leaves vector instructions out, to test what other processors run.
+#if (defined(__SSE2__) || defined(_M_X64)) && !defined(TINYLM_PORTABLE)
 #include <emmintrin.h>
 #define TINYLM_SSE2 1
 #endif
@@ -103,7 +104,7 @@ __m128i in_range(__m128i v, int first, int last) {
 }
 
 // The same as kAscii; the tests compare the two on every character.
-__m128i map_ascii(__m128i v) {
+inline __m128i map_ascii(__m128i v) {
   const __m128i space = _mm_set1_epi8(' ');
   const __m128i upper = in_range(v, 'A', 'Z');
   const __m128i comma_or_stop =
@@ -188,7 +189,7 @@ char* write_expansion(std::uint32_t c, char* out) {
 }
 
 template <class Unit>
-char* normalize_one(const Unit* text, std::size_t length, std::size_t at, char* out) {
+inline char* normalize_one(const Unit* text, std::size_t length, std::size_t at, char* out) {
   const std::uint32_t c = text[at];
   if (c < 0x80) {
     *out = kAscii.to[c];

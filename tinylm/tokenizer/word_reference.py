@@ -47,7 +47,7 @@ class WordEncoder:
     def encode_batch(
         self, texts: Iterable[str], add_eos: bool, dtype: np.dtype, threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts in one array of ``dtype``; where each text starts there (int64, n + 1)."""
+        """Ids of all texts in one array, and each text's start in it (int64, n + 1)."""
         ids: list[int] = []
         offsets = [0]
         for text in texts:
