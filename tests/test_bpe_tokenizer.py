@@ -1,6 +1,8 @@
 """Byte-level BPE against Hugging Face tokenizers, the regex package and its own specification."""
 
 import json
+import multiprocessing
+import os
 import pickle
 import random
 import re
@@ -608,6 +610,9 @@ def test_bad_arguments(tokenizer):
         tokenizer.encode_batch(["a"], threads=0)
     with pytest.raises(InputError, match="errors is 'ignore'"):
         tokenizer.encode("a", errors="ignore")
+    for function in (BPETokenizer.train, tokenizer.encode_batch, BPETokenizer.counter().add):
+        with pytest.raises(InputError, match="single str"):
+            function("text")
     for texts in ([], ["", ""]):
         with pytest.raises(InputError, match="empty"):
             BPETokenizer.train(texts)
@@ -617,6 +622,21 @@ def test_pickling(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.vocab == tokenizer.vocab
     assert copy.encode(prose(4)) == tokenizer.encode(prose(4))
+
+
+def encode_in_child(tokenizer, text):
+    ids, _ = tokenizer.encode_batch([text] * 4, threads=2)
+    return ids.tolist()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_can_go_on_encoding(tokenizer):
+    text = prose(8, 60_000)
+    expected = encode_in_child(tokenizer, text)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        results = [pool.apply_async(encode_in_child, (tokenizer, text)) for _ in range(4)]
+        assert [result.get(timeout=60) for result in results] == [expected] * 4
 
 
 def test_the_python_implementation_gives_the_same(file, tokenizer, monkeypatch):

@@ -76,6 +76,9 @@ class TextBatch {
     if (!PyUnicode_Check(text.ptr())) {
       throw py::type_error("texts must be str, not " + std::string(Py_TYPE(text.ptr())->tp_name));
     }
+#if PY_VERSION_HEX < 0x030C0000
+    if (PyUnicode_READY(text.ptr()) != 0) throw py::error_already_set();
+#endif
     views_.push_back(
         {PyUnicode_DATA(text.ptr()), static_cast<std::size_t>(PyUnicode_GET_LENGTH(text.ptr())),
          static_cast<int>(PyUnicode_KIND(text.ptr())), PyUnicode_IS_ASCII(text.ptr()) != 0});

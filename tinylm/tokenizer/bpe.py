@@ -64,6 +64,7 @@ class BPECounter:
                 reads it as U+FFFD. Nothing of this batch is counted then.
         """
         replace = _is_replace(errors)
+        _check_texts(texts)
         check_threads(threads)
         try:
             self._counter.add(texts, replace, threads or 0)
@@ -162,6 +163,7 @@ class BPETokenizer:
                 surrogate and ``errors`` is not ``"replace"``, which reads it as U+FFFD.
         """
         _check_training(vocab_size, min_frequency)
+        _check_texts(texts)
         counter = cls.counter()
         for batch in _batches(texts):
             counter.add(batch, threads, errors)
@@ -251,6 +253,7 @@ class BPETokenizer:
                 reads it as U+FFFD.
         """
         replace = _is_replace(errors)
+        _check_texts(texts)
         check_threads(threads)
         eos_id = self.eos_id if add_eos else None
         try:
@@ -292,6 +295,12 @@ def _check_training(vocab_size: int, min_frequency: int) -> None:
         )
     if min_frequency < 1:
         raise InputError(f"min_frequency is {min_frequency}; it must be at least 1")
+
+
+def _check_texts(texts: Iterable[str]) -> None:
+    # A str is a sequence of str, so this slip would go unnoticed.
+    if isinstance(texts, str):
+        raise InputError("texts is a single str; pass a list of texts")
 
 
 def _check_id(token_id: int, vocab_size: int) -> None:
