@@ -622,3 +622,18 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_prepared_folder_as_data(corpus: str, tmp_path: Path) -> None:
+    made = prepare(DataConfig(data=corpus, tokenizer="word", vocab_size=50), out=tmp_path / "made")
+    opened = prepare(DataConfig(data=str(tmp_path / "made"), tokenizer="word"))
+    assert opened.path == made.path
+    assert (opened.train.ids == made.train.ids).all()
+    for options, message in [
+        ({"tokenizer": "bpe"}, "prepared with tokenizer word, not bpe"),
+        ({"tokenizer": "word", "vocab_size": 60}, "prepared with vocab_size 50, not 60"),
+        ({"tokenizer": "word", "document_eos": False}, "document_eos True, not False"),
+        ({"tokenizer": "word", "valid": corpus}, "has its own validation split"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            prepare(DataConfig(data=str(tmp_path / "made"), **options))  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from tinylm.data.progress import Stage
 from tinylm.data.sources import Source, open_source
 from tinylm.data.tokens import (
     FORMAT,
+    META,
     SPELLING,
     TOKENIZER,
     Dataset,
@@ -45,7 +46,8 @@ def prepare(
     """Makes the data folder of ``config``, or opens it if it was made before.
 
     The corpus is read twice, in bounded memory: once to train the tokenizer on the training
-    split, once to encode both splits. A killed run goes on after its last finished stage.
+    split, once to encode both splits. A killed run goes on after its last finished stage. Where
+    ``config.data`` is a folder that was prepared before, it is opened as it is.
 
     Args:
         config: what to prepare.
@@ -58,6 +60,8 @@ def prepare(
         InputError: no such corpus, text that cannot be read, a split without documents, ``out``
             holds something else, or the disk is full.
     """
+    if out is None and (Path(config.data).expanduser() / META).is_file():
+        return _open_prepared(config)
     cache = _cache(cache_dir)
     ready = None if config.trains_tokenizer else _tokenizer_file(config.tokenizer)
     kind = config.tokenizer if ready is None else load_tokenizer(ready).kind
@@ -240,6 +244,26 @@ class _Job:
             "found": overlap.found,
             "share": overlap.share,
         }
+
+
+def _open_prepared(config: DataConfig) -> Dataset:
+    """Opens the data folder ``config.data``, if it is what ``config`` asks for beside."""
+    dataset = open_dataset(Path(config.data).expanduser())
+    asked: dict[str, Any] = {"document_eos": config.document_eos}
+    if config.trains_tokenizer:
+        asked["tokenizer"] = config.tokenizer
+    if config.vocab_size is not None:
+        asked["vocab_size"] = config.vocab_size
+    there = {**dataset.meta["settings"], "tokenizer": dataset.tokenizer.kind}
+    for name, value in asked.items():
+        if there[name] != value:
+            raise InputError(
+                f"{config.data} was prepared with {name} {there[name]}, not {value};"
+                " ask for that, or prepare another folder"
+            )
+    if config.valid is not None:
+        raise InputError(f"{config.data} has its own validation split; leave out --valid")
+    return dataset
 
 
 def _make_tokenizer(
