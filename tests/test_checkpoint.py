@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(tmp_path: Path) ->
     assert "step-00000005.safetensors is damaged" in said[0]
     assert "going back to the checkpoint before it" in said[0]
     folder.path(1).write_bytes(b"")
-    with pytest.raises(InputError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(InputError, match=r"every checkpoint in .* is damaged"):
         folder.load_newest(said.append)
 
 

@@ -38,14 +38,15 @@ def test_train_options() -> None:
     """Renaming or dropping an option breaks what people have written down."""
     parser = build_parser()._subparsers._group_actions[0].choices["train"]  # type: ignore[union-attr, index]
     options = {o for action in parser._actions for o in action.option_strings}
-    assert options == set(
+    expected = (
         "-h --help --preset --resume --fresh --quiet --data --valid --text-field --errors "
         "--tokenizer --vocab-size --valid-fraction --d-model --n-layers --n-heads --n-kv-heads "
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
         "--micro-batch-size --optimizer --lr --muon-lr --beta1 --beta2 --weight-decay --schedule "
         "--warmup --decay --clip --device --precision --seed --log-every --eval-every "
-        "--eval-tokens --sample-every --checkpoint-seconds --keep-checkpoints".split()
+        "--eval-tokens --sample-every --checkpoint-seconds --keep-checkpoints"
     )
+    assert options == set(expected.split())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -57,18 +58,22 @@ def test_help(command: str, capsys: Any) -> None:
 def test_nothing_heavy_is_imported_until_it_is_used() -> None:
     code = (
         "import sys, tinylm, tinylm.cli; tinylm.cli.build_parser().format_help(); "
-        "print([m for m in ('torch', 'datasets', 'matplotlib', 'tqdm', 'pyarrow') if m in sys.modules])"
+        "heavy = ('torch', 'datasets', 'matplotlib', 'tqdm', 'pyarrow', 'numpy'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
-# --- the whole path ---------------------------------------------------------------------------------
+# --- the whole path ------------------------------------------------------------------------------
 
 
 def test_prepare_train_and_use(tmp_path: Path, corpus: Path, capsys: Any) -> None:
     data, out = tmp_path / "data", tmp_path / "run"
-    assert run("prepare", "--data", corpus, "--tokenizer", "word", "--vocab-size", 60, "--out", data) == 0
+    assert (
+        run("prepare", "--data", corpus, "--tokenizer", "word", "--vocab-size", 60, "--out", data)
+        == 0
+    )
     assert "documents" in capsys.readouterr().out
     small = [f for f in SMALL_FLAGS if f not in ("--vocab-size", "60")]
     assert run("train", "--data", data, "--out", out, "--steps", 30, *small) == 0
@@ -176,7 +181,9 @@ def test_export_loads_in_transformers(trained: Path, tmp_path: Path, capsys: Any
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     lm = tinylm.load(trained)
-    ids = tokenizer("They were not there", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("They were not there", return_tensors="pt", add_special_tokens=False)[
+        "input_ids"
+    ]
     assert ids[0].tolist() == lm.tokenizer.encode("They were not there", add_eos=False)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, lm.model(ids), rtol=1e-4, atol=1e-4)
@@ -209,7 +216,7 @@ def test_doctor(capsys: Any) -> None:
         assert part in out
 
 
-# --- bad input --------------------------------------------------------------------------------------
+# --- bad input -----------------------------------------------------------------------------------
 
 
 def refused(capsys: Any, *arguments: object) -> str:
@@ -314,8 +321,8 @@ def test_unknown_commands_and_options(capsys: Any) -> None:
 
 def test_an_offline_hub_names_the_ways_on(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code = "import sys; from tinylm.cli import main; sys.exit(main(['prepare', '--data', 'nobody/nothing']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tinylm", "prepare", "--data", "nobody/nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "builtin" in done.stderr
     assert "Traceback" not in done.stderr

@@ -44,7 +44,9 @@ def test_evaluate_matches_one_token_at_a_time(preset: str) -> None:
     model = make(preset)
     totals = evaluate(model, STREAM, eos_id=EOS, unk_id=UNK, seq_len=8)
     logits = slow_losses(model, STREAM, 8)
-    nats = [-torch.log_softmax(x, 0)[t].item() for x, t in zip(logits, STREAM.tolist(), strict=True)]
+    nats = [
+        -torch.log_softmax(x, 0)[t].item() for x, t in zip(logits, STREAM.tolist(), strict=True)
+    ]
     ranks = [int((x > x[t]).sum()) for x, t in zip(logits, STREAM.tolist(), strict=True)]
     known = [i for i, t in enumerate(STREAM.tolist()) if t != UNK]
     assert totals.tokens == 75
@@ -65,7 +67,9 @@ def test_the_leaked_figure_of_the_notebook_differs_and_is_only_given_on_request(
     leaked = evaluate(model, STREAM, eos_id=EOS, seq_len=8, prefix_only=False)
     assert abs(honest.loss - leaked.loss) > 1e-3
     causal = make("causal")
-    assert evaluate(causal, STREAM, eos_id=EOS, prefix_only=False) == evaluate(causal, STREAM, eos_id=EOS)
+    assert evaluate(causal, STREAM, eos_id=EOS, prefix_only=False) == evaluate(
+        causal, STREAM, eos_id=EOS
+    )
 
 
 def test_every_token_is_a_target_once() -> None:

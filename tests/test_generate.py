@@ -29,9 +29,9 @@ def make(preset: str = "modern", **options: object) -> Transformer:
 
 
 def run(model: Transformer, prompts: list[list[int]], **options: object) -> list[list[int]]:
-    keywords = {"eos_id": EOS, "banned": options.pop("banned", ()), "use_cache": options.pop("use_cache", True)}  # fmt: skip
+    keywords = {"banned": options.pop("banned", ()), "use_cache": options.pop("use_cache", True)}
     out: list[list[int]] = [[] for _ in prompts]
-    for step in generate_ids(model, prompts, Sampling(**options), **keywords):
+    for step in generate_ids(model, prompts, Sampling(**options), eos_id=EOS, **keywords):
         for sequence, token in zip(out, step, strict=True):
             sequence += [] if token is None else [token]
     return out
@@ -156,7 +156,7 @@ def test_settings_out_of_range_are_named(options: dict[str, float], message: str
         Sampling(**options)  # type: ignore[arg-type]
 
 
-# --- a trained model, text in and out ---------------------------------------------------------------
+# --- a trained model, text in and out ------------------------------------------------------------
 
 
 def test_generate_returns_prompt_and_continuation(trained: Path) -> None:

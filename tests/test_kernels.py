@@ -56,7 +56,10 @@ def gradients(out: Tensor, *inputs: Tensor) -> list[Tensor]:
 def test_attention_matches_reference(backend: str, length: int, dtype: torch.dtype) -> None:
     q, k, v = (randn(2, 3, length, 16, dtype=dtype, seed=i).requires_grad_() for i in range(3))
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
-    out, expected = kernels.causal_attention(q, k, v, backend=backend), slow_attention(q64, k64, v64)
+    out, expected = (
+        kernels.causal_attention(q, k, v, backend=backend),
+        slow_attention(q64, k64, v64),
+    )
     assert out.dtype == dtype
     assert_close(out, expected, dtype, "out")
     pairs = zip(gradients(out, q, k, v), gradients(expected, q64, k64, v64), strict=True)

@@ -119,7 +119,7 @@ def test_sizes_that_cannot_work_are_named(options: dict[str, object], message: s
         ModelConfig(**options)  # type: ignore[arg-type]
 
 
-# --- the notebook's model, written plainly --------------------------------------------------------
+# --- the notebook's model, written plainly -------------------------------------------------------
 
 
 class NotebookModel(nn.Module):
@@ -192,7 +192,7 @@ def test_other_state_dicts_are_refused(tmp_path: Path) -> None:
         notebook.save_state_dict(small_model("modern"), tmp_path / "out.pth")
 
 
-# --- modern is Qwen3 --------------------------------------------------------------------------------
+# --- modern is Qwen3 -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"n_kv_heads": 2}, {"tie_embeddings": False}])

@@ -218,7 +218,7 @@ def test_nan_stops_with_a_message_and_the_last_good_checkpoint(
         return plain(self)
 
     monkeypatch.setattr(Trainer, "_clip", poisoned)
-    with pytest.raises(TrainingError, match="not finite at step 6 .* checkpoint is of step 5"):
+    with pytest.raises(TrainingError, match=r"not finite at step 6 .* checkpoint is of step 5"):
         train(small_run(checkpoint_seconds=1e-9), quiet=True)
     assert all(t.isfinite().all() for t in weights(tmp_path / "run").values())
 
@@ -230,7 +230,7 @@ def test_out_of_memory_names_the_sizes_to_lower(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(trainer_module.Transformer, "loss", full)
-    with pytest.raises(TrainingError, match="8 windows of 16 tokens .* lower --micro-batch-size"):
+    with pytest.raises(TrainingError, match=r"8 windows of 16 tokens .* lower --micro-batch-size"):
         train(small_run(), quiet=True)
 
 

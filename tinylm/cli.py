@@ -74,14 +74,14 @@ def _command(verbs: Any, name: str, run: Callable[[Any], int | None], help: str)
     return parser
 
 
-# --- options from configuration classes ---------------------------------------------------------
+# --- options from configuration classes ----------------------------------------------------------
 
 
-def _add_fields(parser: Any, cls: type, skip: Sequence[str] = ()) -> None:
+def _add_fields(parser: Any, cls: type, only: Sequence[str] = ()) -> None:
     """An option for each field of a configuration class that has a help text."""
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if "help" not in field.metadata or field.name in skip:
+        if "help" not in field.metadata or (only and field.name not in only):
             continue
         option: dict[str, Any] = {"help": field.metadata["help"], "default": None}
         kind = hints[field.name]
@@ -102,12 +102,12 @@ def _given(arguments: argparse.Namespace, *classes: type) -> dict[str, Any]:
     return {k: v for k, v in vars(arguments).items() if k in names and v is not None}
 
 
-# --- commands -----------------------------------------------------------------------------------
+# --- commands ------------------------------------------------------------------------------------
 
 
 def _add_prepare(verbs: Any) -> None:
-    help = "turn text into a tokenizer and memory-mapped token files"
-    parser = _command(verbs, "prepare", _prepare, help)
+    text = "turn text into a tokenizer and memory-mapped token files"
+    parser = _command(verbs, "prepare", _prepare, text)
     _add_fields(parser, DataConfig)
     parser.add_argument("--out", metavar="FOLDER", help="data folder; the cache if unset")
 
@@ -195,13 +195,13 @@ def _add_sampling(parser: Parser, max_new_tokens: int = 100) -> None:
         "temperature": 0.8,
         "repetition_penalty": 1.0,
     }
-    for name, help in SAMPLING_HELP.items():
+    for name, text in SAMPLING_HELP.items():
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type=int if name in whole else float,
             default=defaults.get(name),
             metavar="N" if name in whole else "X",
-            help=help + (f" (default {defaults[name]})" if name in defaults else ""),
+            help=text + (f" (default {defaults[name]})" if name in defaults else ""),
         )
 
 
@@ -303,10 +303,10 @@ def _next(arguments: argparse.Namespace) -> None:
 def _add_eval(verbs: Any) -> None:
     parser = _command(verbs, "eval", _eval, "evaluate a model honestly on text")
     _add_model(parser)
-    parser.add_argument("--data", metavar="TEXT", help="text to evaluate on; the run's own validation split if unset")  # fmt: skip
-    parser.add_argument("--text-field", default="text", metavar="TEXT", help="field of a record that holds its text")  # fmt: skip
-    parser.add_argument("--errors", choices=("strict", "replace"), default="strict", help="what to do at text that is not valid Unicode")  # fmt: skip
-    parser.add_argument("--context", type=int, metavar="N", help="window length in tokens; as in training if unset")  # fmt: skip
+    _add_fields(parser, DataConfig, only=("data", "text_field", "errors"))
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="window length in tokens; as in training if unset"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -314,13 +314,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     from tinylm.report import evaluate_on, result_lines
 
     lm = _load(arguments)
-    result = evaluate_on(
-        lm,
-        arguments.data,
-        text_field=arguments.text_field,
-        errors=arguments.errors,
-        seq_len=arguments.context,
-    )
+    options = _given(arguments, DataConfig)
+    options.pop("tokenizer", None)
+    result = evaluate_on(lm, options.pop("data", None), seq_len=arguments.context, **options)
     if arguments.json:
         print(json.dumps(result))
         return
@@ -372,7 +368,12 @@ def _parse_ids(text: str, name: str) -> list[int]:
 def _add_export(verbs: Any) -> None:
     parser = _command(verbs, "export", _export, "write a model for other programs")
     _add_model(parser)
-    parser.add_argument("--to", choices=("hf", "notebook"), default="hf", help="hf: a folder for transformers; notebook: its .pth (notebook preset)")  # fmt: skip
+    parser.add_argument(
+        "--to",
+        choices=("hf", "notebook"),
+        default="hf",
+        help="hf: a folder for transformers; notebook: its .pth (notebook preset)",
+    )
     parser.add_argument("--out", required=True, metavar="PATH", help="folder or file to write")
 
 
@@ -389,8 +390,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _add_doctor(verbs: Any) -> None:
-    help = "show versions, devices, and which implementation runs and why"
-    parser = _command(verbs, "doctor", _doctor, help)
+    text = "show versions, devices, and which implementation runs and why"
+    parser = _command(verbs, "doctor", _doctor, text)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 

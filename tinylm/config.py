@@ -22,7 +22,9 @@ class ModelConfig:
     d_model: int = option(128, "width C of the model")
     n_layers: int = option(4, "number of transformer blocks")
     n_heads: int = option(4, "number of query heads H")
-    n_kv_heads: int | None = option(None, "number of key and value heads; the same as heads if unset")
+    n_kv_heads: int | None = option(
+        None, "number of key and value heads; the same as heads if unset"
+    )
     d_ff: int = option(384, "width of the feed-forward layer")
     max_seq_len: int = option(256, "longest context in tokens")
     causal: bool = True
@@ -113,7 +115,9 @@ class TrainConfig:
     log_every: int = option(10, "steps between records in metrics.jsonl")
     eval_every: int | None = option(None, "steps between evaluations; about 20 in a run if unset")
     eval_tokens: int = option(32_768, "validation tokens used while training; all at the end")
-    sample_every: int | None = option(None, "steps between samples; with every 5th evaluation if unset")
+    sample_every: int | None = option(
+        None, "steps between samples; with every 5th evaluation if unset"
+    )
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
 
@@ -139,7 +143,7 @@ class TrainConfig:
             raise InputError(
                 f"seq_len {self.seq_len} is more than max_seq_len {self.model.max_seq_len}"
             )
-        if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise InputError(
                 f"warmup {self.warmup} and decay {self.decay} are shares of the run: "
                 "each at least 0, together at most 1"

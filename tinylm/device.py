@@ -27,7 +27,7 @@ class Device:
         return self.name.split(":")[0]
 
     @property
-    def torch(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         import torch
 
         return torch.device(self.name)
@@ -36,7 +36,9 @@ class Device:
     def dtype(self) -> torch.dtype:
         import torch
 
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            self.precision
+        ]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which matrix products run in this precision."""
@@ -67,14 +69,18 @@ def choose_device(device: str = "auto", precision: str = "auto") -> Device:
     if kind not in ("cpu", "cuda", "mps"):
         raise InputError(f"unknown device {device!r}; choose auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda" and not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU found"
+        reason = (
+            "this torch is built without CUDA" if torch.version.cuda is None else "no GPU found"
+        )
         raise InputError(f"device {device!r} is not available: {reason}; use --device cpu")
     if kind == "mps" and not _has_mps():
         raise InputError("device 'mps' is not available on this machine; use --device cpu")
     try:
         index = torch.device(device).index
     except RuntimeError:
-        raise InputError(f"unknown device {device!r}; choose auto, cpu, cuda, cuda:N or mps") from None
+        raise InputError(
+            f"unknown device {device!r}; choose auto, cpu, cuda, cuda:N or mps"
+        ) from None
     if kind == "cuda" and index is not None and index >= torch.cuda.device_count():
         raise InputError(f"device {device!r} is not there: {torch.cuda.device_count()} GPUs found")
     best, why = _best_precision(device, kind)

@@ -11,7 +11,10 @@ from tinylm.kernels import selections
 from tinylm.tokenizer import implementation
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "datasets", "tqdm", "matplotlib")
-OPTIONAL = {"triton": "comes with CUDA builds of torch", "zstandard": "needed for .jsonl.zst: pip install zstandard"}  # fmt: skip
+OPTIONAL = {
+    "triton": "comes with CUDA builds of torch",
+    "zstandard": "needed for .jsonl.zst: pip install zstandard",
+}
 CPU_FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
 
@@ -59,10 +62,11 @@ def _cuda() -> str:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return f"built for CUDA {torch.version.cuda}, but no GPU or driver is found"
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = (
-        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB, "
-        f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
-        for i in range(torch.cuda.device_count())
+        f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB, "
+        f"compute capability {gpu.major}.{gpu.minor})"
+        for gpu in found
     )
     return f"CUDA {torch.version.cuda}: " + "; ".join(names)
 

@@ -135,9 +135,7 @@ def _positions(
         yield model.hidden(x_BT[:, :length])[:, -1], y_BT[:, length - 1]
 
 
-def _add(
-    totals: Totals, model: Transformer, h_NC: Tensor, y_N: Tensor, unk_id: int | None
-) -> None:
+def _add(totals: Totals, model: Transformer, h_NC: Tensor, y_N: Tensor, unk_id: int | None) -> None:
     keep = y_N != IGNORE
     h_NC, y_N = h_NC[keep], y_N[keep]
     for start in range(0, len(y_N), ROWS):

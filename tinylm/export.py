@@ -85,7 +85,7 @@ def qwen3_tensors(config: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Ten
     rows = [n * config.head_dim for n in (config.n_heads, config.kv_heads, config.kv_heads)]
     for i in range(config.n_layers):
         a, b = f"blocks.{i}.", f"model.layers.{i}."
-        q, k, v = ours[a + "attention.qkv.weight"].split(rows)
+        q, k, v = ours[a + "attention.qkv.weight"].split(rows)  # type: ignore[no-untyped-call]
         gate, up = ours[a + "feed_forward.up.weight"].chunk(2)
         out |= {
             b + "input_layernorm.weight": ours[a + "norm1.weight"],

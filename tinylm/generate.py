@@ -49,7 +49,7 @@ class Sampling:
 
 
 def distribution(logits_V: Tensor, seen: Sequence[int], sampling: Sampling) -> Tensor:
-    """Probabilities of the next token after penalty, temperature, top-k and top-p, in that order."""
+    """Probabilities of the next token: penalty, temperature, top-k, top-p, in that order."""
     logits_V = logits_V.float()
     if sampling.repetition_penalty != 1.0 and seen:
         index = torch.tensor(sorted(set(seen)), device=logits_V.device)
@@ -73,7 +73,9 @@ def distribution(logits_V: Tensor, seen: Sequence[int], sampling: Sampling) -> T
 class Context:
     """The sequences being continued and the next token's logits, cached where that is exact."""
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], use_cache: bool) -> None:
+    def __init__(
+        self, model: Transformer, prompts: Sequence[Sequence[int]], use_cache: bool
+    ) -> None:
         self.model = model
         self.sequences = [list(prompt) for prompt in prompts]
         # Without a causal mask an old position changes with every new one: nothing to keep.

@@ -112,7 +112,7 @@ class LanguageModel:
         """Text to append to each prompt, step by step."""
         decoders = [self.tokenizer.stream_decoder() for _ in prompts]
         # Words are joined by spaces; the first one needs none after white space or nothing.
-        bare = [self.tokenizer.kind == "word" and p.rstrip() != p or not p for p in prompts]
+        bare = [(self.tokenizer.kind == "word" and p.rstrip() != p) or not p for p in prompts]
         steps = generate_ids(
             self.model,
             [self.prompt_ids(prompt) for prompt in prompts],
@@ -167,7 +167,9 @@ def load(
             f"{folder}: the tokenizer has {vocabulary.vocab_size} entries, the model "
             f"{config.model.vocab_size}; they do not belong together"
         )
-    return LanguageModel(model.to(where.torch).eval(), vocabulary, config, folder, tokenizer_path)
+    return LanguageModel(
+        model.to(where.torch_device).eval(), vocabulary, config, folder, tokenizer_path
+    )
 
 
 def load_config(folder: Path) -> TrainConfig:
@@ -193,6 +195,7 @@ def build_model(config: ModelConfig, tensors: dict[str, torch.Tensor], source: P
         model.load_state_dict(tensors)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:200]
-        raise InputError(f"the weights in {source} do not fit its configuration: {first}") from error
+        raise InputError(
+            f"the weights in {source} do not fit its configuration: {first}"
+        ) from error
     return model
-

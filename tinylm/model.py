@@ -166,8 +166,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
         if not self.config.pre_norm:  # the notebook's: torch's defaults, as nn.MultiheadAttention
-            for block in self.blocks:
+            for block in blocks:
                 nn.init.xavier_uniform_(block.attention.qkv.weight)
                 nn.init.zeros_(block.attention.qkv.bias)
                 nn.init.zeros_(block.attention.out.bias)
@@ -175,9 +176,10 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.config.positions == "learned":
             nn.init.normal_(self.position_embedding.weight, std=0.02)
-        for block in self.blocks:
+        for block in blocks:
             for linear in (block.attention.qkv, block.feed_forward.up):
-                nn.init.uniform_(linear.weight, -math.sqrt(3 / linear.in_features), math.sqrt(3 / linear.in_features))
+                bound = math.sqrt(3 / linear.in_features)  # variance 1 / in_features
+                nn.init.uniform_(linear.weight, -bound, bound)
             # Each block starts as the identity (Goyal et al. 2017; muP practice).
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.feed_forward.down.weight)

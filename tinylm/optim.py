@@ -33,7 +33,8 @@ def orthogonalise(g_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(g_KMN.dtype)
+    out: Tensor = (x.mT if tall else x).to(g_KMN.dtype)
+    return out
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,7 +59,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": p, "stacked": k} for k, p in groups.items()], defaults)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -87,7 +88,7 @@ class Optimizer:
         on_muon = matrices if config.optimizer == "muon" else {}
         decayed = [p for n, p in named.items() if n in matrices and n not in on_muon]
         others = [p for n, p in named.items() if n not in matrices]
-        self._names = {p: n for n, p in named.items()}
+        self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
         adamw = torch.optim.AdamW(
             [
                 {"params": others, "weight_decay": 0.0},
@@ -100,9 +101,7 @@ class Optimizer:
         self._parts: list[torch.optim.Optimizer] = [adamw]
         if on_muon:
             pairs = [(named[name], stacked) for name, stacked in on_muon.items()]
-            self._parts.append(
-                Muon(pairs, lr=config.muon_lr, weight_decay=config.weight_decay)
-            )
+            self._parts.append(Muon(pairs, lr=config.muon_lr, weight_decay=config.weight_decay))
         for part in self._parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]

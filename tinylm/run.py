@@ -46,7 +46,10 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
         _check_folder(folder, config, fresh)
         dataset = prepare(config.data, progress=not quiet)
         vocab_size = dataset.tokenizer.vocab_size
-        requested, config = config, replace(config, model=replace(config.model, vocab_size=vocab_size))
+        requested, config = (
+            config,
+            replace(config, model=replace(config.model, vocab_size=vocab_size)),
+        )
         # Built before anything is written: what cannot work leaves no folder behind.
         trainer = Trainer(config, dataset, folder, device, progress)
         _open_folder(folder, requested, config, dataset, fresh)

@@ -77,7 +77,7 @@ class Trainer:
     ) -> None:
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress
-        self.model = Transformer(config.model, seed=config.seed).to(device.torch)
+        self.model = Transformer(config.model, seed=config.seed).to(device.torch_device)
         self.optimizer = Optimizer(self.model, config)
         self.sampler = WindowSampler(
             dataset.train.ids, config.seq_len, config.batch_size, config.stride, config.seed
@@ -106,7 +106,7 @@ class Trainer:
         assert self.config.minutes is not None
         return min(1.0, self.state.elapsed / (self.config.minutes * 60))
 
-    # --- the loop ---------------------------------------------------------------------------
+    # --- the loop --------------------------------------------------------------------------------
 
     def resume(self) -> bool:
         """Goes back to the newest whole checkpoint, if there is one."""
@@ -151,11 +151,11 @@ class Trainer:
         inputs, targets = self.sampler.batch(state.step)
         micro = config.micro_batch_size or config.batch_size
         parts = config.batch_size // micro
-        total = torch.zeros((), device=self.device.torch)
+        total = torch.zeros((), device=self.device.torch_device)
         try:
             for start in range(0, config.batch_size, micro):
-                x_BT = torch.from_numpy(inputs[start : start + micro]).to(self.device.torch)
-                y_BT = torch.from_numpy(targets[start : start + micro]).to(self.device.torch)
+                x_BT = torch.from_numpy(inputs[start : start + micro]).to(self.device.torch_device)
+                y_BT = torch.from_numpy(targets[start : start + micro]).to(self.device.torch_device)
                 with self.device.autocast():
                     loss = self.model.loss(x_BT, y_BT) / parts
                 self._scaled(loss).backward()  # type: ignore[no-untyped-call]
@@ -206,7 +206,9 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or overflow):
             return
         steps = self.checkpoints.steps()
-        kept = f"the last good checkpoint is of step {steps[-1]:,}" if steps else "nothing was saved"
+        kept = (
+            f"the last good checkpoint is of step {steps[-1]:,}" if steps else "nothing was saved"
+        )
         raise TrainingError(
             f"the loss or its gradient is not finite at step {self.state.step + 1:,} "
             f"(loss {loss}, gradient norm {norm}); {kept}. Try a lower --lr or --precision fp32"
@@ -221,14 +223,17 @@ class Trainer:
             "same) or --seq-len"
         )
 
-    # --- what happens between steps ---------------------------------------------------------
+    # --- what happens between steps --------------------------------------------------------------
 
     def _after_step(self, share_before: float) -> None:
         config, state = self.config, self.state
         ended = self.share >= 1.0
         if state.step % config.log_every == 0 or ended:
             self._record()
-        if state.step // self.sampler.steps_per_epoch > (state.step - 1) // self.sampler.steps_per_epoch:
+        if (
+            state.step // self.sampler.steps_per_epoch
+            > (state.step - 1) // self.sampler.steps_per_epoch
+        ):
             self._end_epoch()
         self._show()
         evaluated = ended or self._due(config.eval_every, share_before, EVALUATIONS)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from tinylm.errors import InputError
 
 
-def option(default: Any, help: str) -> Any:  # noqa: A002
+def option(default: Any, help: str) -> Any:
     """A dataclass field with the help text that the command line shows."""
     return field(default=default, metadata={"help": help})
 

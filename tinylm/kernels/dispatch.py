@@ -52,7 +52,9 @@ def select(operator: str, device_type: str) -> Selection:
     """
     setting = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
     if setting == "reference":
-        return Selection(operator, IMPLEMENTATIONS[operator][-1], f"{ENVIRONMENT_VARIABLE}=reference")
+        return Selection(
+            operator, IMPLEMENTATIONS[operator][-1], f"{ENVIRONMENT_VARIABLE}=reference"
+        )
     if setting != "auto":
         raise InputError(
             f"{ENVIRONMENT_VARIABLE} is {setting!r}; choose auto (the fastest) or reference"

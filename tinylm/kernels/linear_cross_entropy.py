@@ -27,11 +27,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     backend: str | None = None,
 ) -> Tensor:
-    """Mean over N of ``-log softmax(h weightᵀ + bias)[target]``, in nats; a scalar in fp32 (fp64 if all is).
+    """Mean over N of ``-log softmax(h weightᵀ + bias)[target]``, in nats.
 
     Matrix products run in autocast's dtype if it is on, else in the dtype of ``h_NC``; softmax
-    and sums are fp32. Rows whose target is ``ignore_index`` count nowhere. With no row left the
-    loss is NaN, as in torch.
+    and sums are fp32 (fp64 if all is). Rows whose target is ``ignore_index`` count nowhere; with
+    no row left the loss is NaN, as in torch.
 
     Args:
         backend: ``"chunked"`` or ``"reference"``; chosen by device if None.
@@ -41,7 +41,9 @@ def linear_cross_entropy(
         return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index)
     device = h_NC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_NC.dtype
-    loss: Tensor = _Chunked.apply(h_NC, weight_VC, bias_V, targets_N, ignore_index, dtype)
+    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
+        h_NC, weight_VC, bias_V, targets_N, ignore_index, dtype
+    )
     return loss
 
 
