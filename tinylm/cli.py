@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 failed, 2 bad input, 128 + n by signal n."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    _log_to_stderr()
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
@@ -47,6 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `tinylm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _log_to_stderr() -> None:
+    """Shows what tinylm logs, such as which tokenizer runs, as plain lines."""
+    log = logging.getLogger("tinylm")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
 
 
 def build_parser() -> Parser:

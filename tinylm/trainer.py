@@ -259,7 +259,8 @@ class Trainer:
         state.mean_loss = (
             mean if state.mean_loss is None else smooth * state.mean_loss + (1 - smooth) * mean
         )
-        self.metrics.append(self._stamp() | {"loss": mean} | self._last)
+        self._last["loss"] = mean
+        self.metrics.append(self._stamp() | self._last)
         state.loss_sum, state.loss_count = 0.0, 0
 
     def _stamp(self) -> dict[str, Any]:
@@ -282,7 +283,7 @@ class Trainer:
 
     def _show(self) -> None:
         state = self.state
-        mean = state.loss_sum / state.loss_count if state.loss_count else state.mean_loss
+        mean = state.loss_sum / state.loss_count if state.loss_count else self._last["loss"]
         figures = {
             "step": f"{state.step:,}" + (f"/{self.total_steps:,}" if self.total_steps else ""),
             "loss": f"{mean:.3f}",

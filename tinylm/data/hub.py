@@ -1,5 +1,9 @@
 """Documents of a data set on the Hugging Face Hub, through the package ``datasets``."""
 
+import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +49,23 @@ class HubSource(Source):
         return f"hub:{':'.join(map(str, self._what))}:{self._data._fingerprint}"
 
 
+def _go_offline_if_cut_off() -> None:
+    """Where the Hub's name cannot be resolved, tells its libraries so, before they are imported.
+
+    They would try six times over half a minute, with a warning each, before they look at what
+    is in their cache. Behind a proxy names need not resolve, so there they are left alone.
+    """
+    if "HF_HUB_OFFLINE" in os.environ or urllib.request.getproxies():
+        return
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, None)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def _load(repository: str, config: str | None, split: str) -> Any:
+    _go_offline_if_cut_off()
     try:
         import datasets
     except ImportError:
