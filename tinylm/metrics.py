@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,9 @@ def write_samples(metrics: MetricsFile, path: str | os.PathLike[str]) -> None:
 
 def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) -> None:
     """``loss.png``: training and validation loss against tokens seen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     records = list(metrics.records())
     train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _axes("training tokens", "loss (nats per token)", title)
     if train:
         axes.plot(*zip(*train, strict=True), color="0.8", linewidth=0.8)
         axes.plot(*zip(*_smooth(train), strict=True), color="C0", label="training (smoothed)")
@@ -73,10 +68,44 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
             axes.annotate(
                 f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(4, 6)
             )
-    axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title)
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    _save(figure, axes, path)
+
+
+def plot_runs(runs: Mapping[str, MetricsFile], path: str | os.PathLike[str], title: str) -> None:
+    """Validation losses of several runs, by label, against the minutes they took.
+
+    Of a model without causal mask both curves are drawn, the honest and the leaked.
+    """
+    figure, axes = _axes("minutes of training", "validation loss (nats per token)", title)
+    for i, (label, metrics) in enumerate(runs.items()):
+        records = [r for r in metrics.records() if "valid_loss" in r]
+        for key, style, suffix in (
+            ("valid_loss", "-", ""),
+            ("valid_leaked_loss", "--", ", leaked"),
+        ):
+            points = [(r["elapsed"] / 60, r[key]) for r in records if key in r]
+            if points:
+                text = f"{label}{suffix}: {points[-1][1]:.2f}"
+                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=text)
+    _save(figure, axes, path)
+
+
+def _axes(x: str, y: str, title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: str | os.PathLike[str]) -> None:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

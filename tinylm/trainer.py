@@ -86,6 +86,7 @@ class Trainer:
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.total_steps = self._total_steps()
         self.state = Progress()
+        self._last: dict[str, float] = {}  # what the newest record says
         self._stop: int | None = None
         self._session_start = self._last_checkpoint = time.monotonic()
         self._session_share = 0.0
@@ -261,6 +262,9 @@ class Trainer:
         )
         self._last["loss"] = mean
         self.metrics.append(self._stamp() | self._last)
+        if self.config.preset == "notebook":  # which showed its progress so
+            epoch, batch = divmod(state.step - 1, math.ceil(self.sampler.steps_per_epoch))
+            self.progress.say(f"epoch {epoch + 1}, batch {batch + 1:,}, loss {mean:.4f}")
         state.loss_sum, state.loss_count = 0.0, 0
 
     def _stamp(self) -> dict[str, Any]:

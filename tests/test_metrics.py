@@ -1,0 +1,59 @@
+"""The record of a run: readable at any moment, seamless after a resume, and its drawings."""
+
+from pathlib import Path
+
+from tinylm.metrics import MetricsFile, plot_loss, plot_runs, write_samples
+from tinylm.progress import duration
+
+PNG = b"\x89PNG"
+
+
+def make(path: Path, *records: dict[str, object]) -> MetricsFile:
+    metrics = MetricsFile(path)
+    for record in records:
+        metrics.append({"tokens": 10, "elapsed": 1.0, **record})
+    return metrics
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    metrics = make(tmp_path / "m.jsonl", {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0})
+    with open(metrics.path, "a") as file:
+        file.write('{"step": 3, "lo')
+    assert [r["step"] for r in metrics.records()] == [1, 2]
+    metrics.drop_after(1)
+    metrics.append({"step": 2})
+    assert [r["step"] for r in metrics.records()] == [1, 2]
+    assert list(MetricsFile(tmp_path / "none.jsonl").records()) == []
+
+
+def test_samples_stand_under_their_step(tmp_path: Path) -> None:
+    metrics = make(tmp_path / "m.jsonl", {"step": 5, "samples": ["ä b", " c "]}, {"step": 6})
+    write_samples(metrics, tmp_path / "samples.txt")
+    assert (tmp_path / "samples.txt").read_text(
+        encoding="utf-8"
+    ) == "=== step 5 ===\n\nä b\n\nc\n\n"
+
+
+def test_plots_are_drawn_even_of_little(tmp_path: Path) -> None:
+    full = make(
+        tmp_path / "a.jsonl",
+        {"step": 0, "valid_loss": 9.0, "valid_leaked_loss": 9.0},
+        *({"step": i, "tokens": 1000 * i, "loss": 9.0 / i} for i in range(1, 80)),
+        {"step": 80, "valid_loss": 2.0, "valid_leaked_loss": 1.0},
+    )
+    empty = make(tmp_path / "b.jsonl")
+    for name, metrics in (("full", full), ("empty", empty)):
+        plot_loss(metrics, tmp_path / f"{name}.png", name)
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
+    plot_runs({"a": full, "b": empty}, tmp_path / "runs.png", "two")
+    assert (tmp_path / "runs.png").read_bytes().startswith(PNG)
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (-1, 0, 59.4, 61, 3723)] == [
+        "0 s",
+        "0 s",
+        "59 s",
+        "1:01",
+        "1:02:03",
+    ]
