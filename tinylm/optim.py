@@ -43,6 +43,8 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: pairs (matrix, number of equal maps stacked along its rows), see
             `Transformer.matrices`.
+        dtype: of the orthogonalisation's products; bf16 is precise enough and twice as fast
+            where the device has it.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self._dtype = dtype
         groups: dict[int, list[torch.nn.Parameter]] = {}
         for parameter, stacked in params:
             groups.setdefault(stacked, []).append(parameter)
@@ -73,7 +77,7 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
         ahead = parameter.grad.lerp(momentum, group["momentum"])
         rows, columns = parameter.shape[0] // group["stacked"], parameter.shape[1]
-        update = orthogonalise(ahead.view(group["stacked"], rows, columns))
+        update = orthogonalise(ahead.view(group["stacked"], rows, columns), self._dtype)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         size = math.sqrt(max(1.0, rows / columns))
         parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
@@ -82,7 +86,9 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """The optimizers of one run, stepped together; knows its state by parameter names."""
 
-    def __init__(self, model: Transformer, config: TrainConfig) -> None:
+    def __init__(
+        self, model: Transformer, config: TrainConfig, muon_dtype: torch.dtype = torch.float32
+    ) -> None:
         named = dict(model.named_parameters())
         matrices = model.matrices()
         on_muon = matrices if config.optimizer == "muon" else {}
@@ -101,7 +107,9 @@ class Optimizer:
         self._parts: list[torch.optim.Optimizer] = [adamw]
         if on_muon:
             pairs = [(named[name], stacked) for name, stacked in on_muon.items()]
-            self._parts.append(Muon(pairs, lr=config.muon_lr, weight_decay=config.weight_decay))
+            self._parts.append(
+                Muon(pairs, config.muon_lr, weight_decay=config.weight_decay, dtype=muon_dtype)
+            )
         for part in self._parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]

@@ -78,7 +78,8 @@ class Trainer:
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress
         self.model = Transformer(config.model, seed=config.seed).to(device.torch_device)
-        self.optimizer = Optimizer(self.model, config)
+        muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
+        self.optimizer = Optimizer(self.model, config, muon_dtype)
         self.sampler = WindowSampler(
             dataset.train.ids, config.seq_len, config.batch_size, config.stride, config.seed
         )

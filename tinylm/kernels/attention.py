@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation, wide
+from tinylm.kernels.dispatch import implementation, statistics_dtype
 
 # A finite stand-in for minus infinity: a row that is masked everywhere stays free of NaN.
 MASKED = -1e30
@@ -61,11 +61,13 @@ def _mask(q_BHTD: Tensor, k_BHSD: Tensor, causal: bool, start_B: Tensor | None) 
 def _matmul(
     q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None
 ) -> Tensor:
-    """The plain reference. Scores and softmax are fp32 whatever the inputs are."""
-    scores_BHTS = wide((q_BHTD * scale) @ k_BHSD.transpose(-1, -2))
+    """The plain reference. The softmax is fp32 whatever the inputs are."""
+    scores_BHTS = (q_BHTD * scale) @ k_BHSD.transpose(-1, -2)
     if mask is not None:
-        scores_BHTS = scores_BHTS.masked_fill(~mask, MASKED)
-    weights_BHTS = torch.softmax(scores_BHTS, dim=-1)
+        lowest = max(MASKED, torch.finfo(scores_BHTS.dtype).min)
+        bias = torch.zeros_like(mask, dtype=scores_BHTS.dtype).masked_fill_(~mask, lowest)
+        scores_BHTS = scores_BHTS + bias
+    weights_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=statistics_dtype(scores_BHTS))
     if mask is not None and mask.dim() > 2:  # left padding: rows that see nothing give zeros
         weights_BHTS = weights_BHTS * mask.any(dim=-1, keepdim=True)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD

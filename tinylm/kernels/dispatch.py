@@ -78,6 +78,11 @@ def selections(device_type: str) -> list[Selection]:
     return [select(operator, device_type) for operator in IMPLEMENTATIONS]
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums, statistics and softmax over ``x``: fp32, or fp64 where ``x`` is that."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype of statistics and softmax: fp32, or fp64 where ``x`` is that already."""
-    return x if x.dtype == torch.float64 else x.float()
+    """``x`` in its `statistics_dtype`."""
+    return x.to(statistics_dtype(x))

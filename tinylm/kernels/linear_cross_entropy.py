@@ -97,16 +97,18 @@ def _forward(
         h, keep = h_NC[part].to(dtype), keep_N[part]
         target = targets_N[part].where(keep, 0)[:, None]
         logits = wide(F.linear(h, w, b))
-        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-        loss = (lse - logits.gather(1, target)).squeeze(1)
-        total += (loss * keep).sum()
+        # One pass of exponentials serves both the loss and the gradient.
+        top = logits.amax(dim=-1, keepdim=True)
+        own = logits.gather(1, target) - top
+        exponentials = logits.sub_(top).exp_()
+        sums = exponentials.sum(dim=-1, keepdim=True)
+        total += ((sums.log() - own).squeeze(1) * keep).sum()
         if not (need_h or need_w or need_b):
             continue
         # d loss / d logits = (softmax - one-hot) / count, built in place of the logits. The
         # division waits for backward: softmax / count would underflow in fp16.
-        dlogits = logits.sub_(lse).exp_()
-        dlogits.scatter_add_(1, target, torch.full_like(lse, -1.0))
-        dlogits *= keep[:, None]
+        dlogits = exponentials.mul_(keep[:, None] / sums)
+        dlogits.scatter_add_(1, target, -keep[:, None].to(dlogits.dtype))
         if db is not None:
             db += dlogits.sum(0)
         dlogits = dlogits.to(dtype)
