@@ -71,7 +71,7 @@ class ModelConfig:
 class TrainConfig:
     """A training run: which data, which model, how long, and how.
 
-    Exactly one of ``steps``, ``epochs`` and ``minutes`` sets the length.
+    One of ``steps``, ``epochs`` and ``minutes`` sets the length; without any it is one epoch.
     Raises `InputError` for values that cannot work.
     """
 
@@ -158,8 +158,9 @@ class TrainConfig:
         if name not in PRESETS:
             raise InputError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         merged = PRESETS[name] | {k: v for k, v in options.items() if v is not None}
-        if "seq_len" in options and "max_seq_len" not in options:
-            merged["max_seq_len"] = max(merged["max_seq_len"], merged["seq_len"])
+        if options.get("seq_len") and not options.get("max_seq_len"):
+            default = merged.get("max_seq_len", ModelConfig.max_seq_len)
+            merged["max_seq_len"] = max(default, merged["seq_len"])
         if any(options.get(k) is not None for k in ("steps", "epochs", "minutes")):
             for k in ("steps", "epochs", "minutes"):
                 merged[k] = options.get(k)
@@ -178,10 +179,10 @@ _NOTEBOOK_MODEL: dict[str, Any] = {
 
 # What each preset changes from the defaults of the classes above.
 PRESETS: dict[str, dict[str, Any]] = {
-    "modern": {"max_seq_len": 256, "epochs": 1.0},
+    "modern": {},
     "causal": _NOTEBOOK_MODEL
     | {
-        "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64, "epochs": 1.0,
+        "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64,
         "optimizer": "adamw", "lr": 1e-3,
     },
     "notebook": _NOTEBOOK_MODEL

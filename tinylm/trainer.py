@@ -94,11 +94,11 @@ class Trainer:
 
     def _total_steps(self) -> int | None:
         """None when the run is limited by time."""
+        if self.config.minutes is not None:
+            return None
         if self.config.steps is not None:
             return self.config.steps
-        if self.config.epochs is not None:
-            return max(1, math.ceil(self.config.epochs * self.sampler.steps_per_epoch))
-        return None
+        return max(1, math.ceil((self.config.epochs or 1.0) * self.sampler.steps_per_epoch))
 
     @property
     def share(self) -> float:
@@ -163,8 +163,10 @@ class Trainer:
                 self._scaled(loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
             norm = self._clip()
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(self._memory_advice()) from error
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise TrainingError(self._memory_advice()) from error
+            raise
         loss_value = float(total)
         self._check_finite(loss_value, norm)
         if math.isfinite(norm):
@@ -232,14 +234,11 @@ class Trainer:
         ended = self.share >= 1.0
         if state.step % config.log_every == 0 or ended:
             self._record()
-        if (
-            state.step // self.sampler.steps_per_epoch
-            > (state.step - 1) // self.sampler.steps_per_epoch
-        ):
+        per_epoch = self.sampler.steps_per_epoch
+        if state.step // per_epoch > (state.step - 1) // per_epoch:
             self._end_epoch()
         self._show()
-        evaluated = ended or self._due(config.eval_every, share_before, EVALUATIONS)
-        if evaluated:
+        if ended or self._due(config.eval_every, share_before, EVALUATIONS):
             self._evaluate()
         if ended or self._due(config.sample_every, share_before, EVALUATIONS // 5):
             self._sample()
