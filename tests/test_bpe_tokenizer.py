@@ -611,7 +611,7 @@ def test_bad_arguments(tokenizer):
     with pytest.raises(InputError, match="errors is 'ignore'"):
         tokenizer.encode("a", errors="ignore")
     for function in (BPETokenizer.train, tokenizer.encode_batch, BPETokenizer.counter().add):
-        with pytest.raises(InputError, match="single str"):
+        with pytest.raises(InputError, match="one string"):
             function("text")
     for texts in ([], ["", ""]):
         with pytest.raises(InputError, match="empty"):

@@ -32,12 +32,6 @@ def compiled() -> ModuleType | None:
     return _choose(os.environ.get(VARIABLE, "auto"))[2]
 
 
-def check_threads(threads: int | None) -> None:
-    """Raises `InputError` unless ``threads`` is None (as many as the machine has) or positive."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; it must be at least 1, or None for all")
-
-
 @cache
 def _choose(setting: str) -> tuple[str, str, ModuleType | None]:
     if setting not in SETTINGS:

@@ -2,7 +2,7 @@
 
 import codecs
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from tinylm.errors import InputError
 from tinylm.tokenizer import bpe_reference
-from tinylm.tokenizer.backend import check_threads, compiled
+from tinylm.tokenizer.backend import compiled
+from tinylm.tokenizer.batches import batches, check_texts, check_threads
 from tinylm.tokenizer.bpe_json import (
     BYTE_TO_CHAR,
     EOS,
@@ -22,7 +23,6 @@ from tinylm.tokenizer.bpe_json import (
 
 Errors = Literal["strict", "replace"]
 
-BATCH_CHARACTERS = 1 << 23  # counted at once: enough to keep all threads busy
 MIN_VOCAB_SIZE = 1 + 256  # the special token and the bytes
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32
 
@@ -64,7 +64,7 @@ class BPECounter:
                 reads it as U+FFFD. Nothing of this batch is counted then.
         """
         replace = _is_replace(errors)
-        _check_texts(texts)
+        check_texts(texts)
         check_threads(threads)
         try:
             self._counter.add(texts, replace, threads or 0)
@@ -163,9 +163,9 @@ class BPETokenizer:
                 surrogate and ``errors`` is not ``"replace"``, which reads it as U+FFFD.
         """
         _check_training(vocab_size, min_frequency)
-        _check_texts(texts)
+        check_texts(texts)
         counter = cls.counter()
-        for batch in _batches(texts):
+        for batch in batches(texts):
             counter.add(batch, threads, errors)
         return cls.from_counter(counter, vocab_size, min_frequency)
 
@@ -253,7 +253,7 @@ class BPETokenizer:
                 reads it as U+FFFD.
         """
         replace = _is_replace(errors)
-        _check_texts(texts)
+        check_texts(texts)
         check_threads(threads)
         eos_id = self.eos_id if add_eos else None
         try:
@@ -297,12 +297,6 @@ def _check_training(vocab_size: int, min_frequency: int) -> None:
         raise InputError(f"min_frequency is {min_frequency}; it must be at least 1")
 
 
-def _check_texts(texts: Iterable[str]) -> None:
-    # A str is a sequence of str, so this slip would go unnoticed.
-    if isinstance(texts, str):
-        raise InputError("texts is a single str; pass a list of texts")
-
-
 def _check_id(token_id: int, vocab_size: int) -> None:
     if not 0 <= token_id < vocab_size:
         raise InputError(f"id {token_id} is not in the vocabulary of {vocab_size}")
@@ -334,17 +328,3 @@ def _id_array(ids: Iterable[int]) -> npt.NDArray[np.int64]:
             f"ids must be one row of integers, not of shape {array.shape} and type {array.dtype}"
         )
     return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """``texts`` in lists of about ``BATCH_CHARACTERS``."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -1,7 +1,7 @@
 """Word-level tokenizer: lower-case, split at white space and punctuation, look each word up."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,11 +9,11 @@ import numpy as np
 from tinylm.errors import InputError
 from tinylm.files import write_json
 from tinylm.tokenizer import word_reference
-from tinylm.tokenizer.backend import check_threads, compiled
+from tinylm.tokenizer.backend import compiled
+from tinylm.tokenizer.batches import batches, check_texts, check_threads
 from tinylm.tokenizer.hf_json import read_tokenizer_json
 from tinylm.tokenizer.word_reference import EOS, EOS_ID, UNK, UNK_ID
 
-BATCH_CHARACTERS = 1 << 23  # counted at once: enough to keep all threads busy
 NORMALIZER = {"type": "Lowercase"}
 PRE_TOKENIZER = {
     "type": "Split",
@@ -80,7 +80,7 @@ class WordTokenizer:
         _check_vocab_size(vocab_size)
         check_threads(threads)
         counter = cls.counter()
-        for batch in _batches(texts):
+        for batch in batches(texts):
             counter.add(batch, threads)
         return cls.from_counter(counter, vocab_size)
 
@@ -132,7 +132,7 @@ class WordTokenizer:
         Raises:
             InputError: ``texts`` is a single string, or ``threads`` is below 1.
         """
-        _check_several(texts)
+        check_texts(texts)
         check_threads(threads)
         dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
         ids, offsets = self._encoder.encode_batch(texts, add_eos, dtype, threads)
@@ -189,27 +189,24 @@ class WordTokenizer:
         return type(self), (self._pieces[2:],)
 
 
+class WordStreamDecoder:
+    """Text of ids that come one at a time: each word with the space before it."""
+
+    def __init__(self, tokenizer: WordTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` adds."""
+        return " " + self._tokenizer.id_to_token(token_id)
+
+    def finish(self) -> str:
+        """What is left at the end: nothing, as words are whole."""
+        return ""
+
+
 def _check_vocab_size(vocab_size: int) -> None:
     if vocab_size < 3:
         raise InputError(f"vocab_size is {vocab_size}; it must be at least 3: <UNK>, <EOS>, a word")
-
-
-def _check_several(texts: Iterable[str]) -> None:
-    if isinstance(texts, str):
-        raise InputError("texts is one string; it must be a list of strings")
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    _check_several(texts)
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
 
 
 def _to_json(vocab: Mapping[str, int]) -> dict[str, Any]:
@@ -275,18 +272,3 @@ def _words_of(content: Mapping[str, Any]) -> list[str]:
     if sorted(by_id) != list(range(len(vocab))):
         raise InputError(f"the ids of the {len(vocab)} words are not 0 to {len(vocab) - 1}")
     return [by_id[i] for i in range(2, len(vocab))]
-
-
-class WordStreamDecoder:
-    """Text of ids that come one at a time: each word with the space before it."""
-
-    def __init__(self, tokenizer: WordTokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def push(self, token_id: int) -> str:
-        """The text that ``token_id`` adds."""
-        return " " + self._tokenizer.id_to_token(token_id)
-
-    def finish(self) -> str:
-        """What is left at the end: nothing, as words are whole."""
-        return ""
