@@ -55,6 +55,7 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
     records = list(metrics.records())
     train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
     figure, axes = _axes("training tokens", "loss (nats per token)", title)
+    shown = list(train)
     if train:
         axes.plot(*zip(*train, strict=True), color="0.8", linewidth=0.8)
         axes.plot(*zip(*_smooth(train), strict=True), color="C0", label="training (smoothed)")
@@ -65,10 +66,16 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
         points = [(r["tokens"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=color, label=label)
+            shown += points
             axes.annotate(
-                f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(4, 6)
+                f"{points[-1][1]:.3f}",
+                points[-1],
+                textcoords="offset points",
+                xytext=(0, 8),
+                horizontalalignment="right",
             )
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    _leave_out_the_fall(axes, shown)
     _save(figure, axes, path)
 
 
@@ -78,6 +85,7 @@ def plot_runs(runs: Mapping[str, MetricsFile], path: str | os.PathLike[str], tit
     Of a model without causal mask both curves are drawn, the honest and the leaked.
     """
     figure, axes = _axes("minutes of training", "validation loss (nats per token)", title)
+    shown: list[tuple[float, float]] = []
     for i, (label, metrics) in enumerate(runs.items()):
         records = [r for r in metrics.records() if "valid_loss" in r]
         for key, style, suffix in (
@@ -88,7 +96,18 @@ def plot_runs(runs: Mapping[str, MetricsFile], path: str | os.PathLike[str], tit
             if points:
                 text = f"{label}{suffix}: {points[-1][1]:.2f}"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=text)
+                shown += points
+    _leave_out_the_fall(axes, shown)
     _save(figure, axes, path)
+
+
+def _leave_out_the_fall(axes: Any, points: list[tuple[float, float]]) -> None:
+    """Cuts the axis above all but the first fiftieth, whose steep fall would hide the rest."""
+    end = max((x for x, _ in points), default=0.0)
+    later = [y for x, y in points if x > end / 50]
+    if later:
+        low, high = min(later), max(later)
+        axes.set_ylim(low - 0.1 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
 
 
 def _axes(x: str, y: str, title: str) -> tuple[Any, Any]:
