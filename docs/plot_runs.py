@@ -1,6 +1,6 @@
 """Draws the validation losses of several runs in one plot.
 
-    python docs/plot_runs.py docs/presets.png runs/modern runs/causal runs/notebook
+python docs/plot_runs.py docs/presets.png runs/modern runs/causal runs/notebook
 """
 
 import sys
