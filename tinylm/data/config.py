@@ -11,7 +11,8 @@ def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-DEFAULT_VOCAB_SIZE = {"word": 10_000, "bpe": 8_192}
+TOKENIZERS = ("word", "bpe")
+DEFAULT_VOCAB_SIZE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class DataConfig:
     )
     tokenizer: str = option("bpe", "bpe or word to train one, or the path of a tokenizer.json")
     vocab_size: int | None = option(
-        None, "entries of the vocabulary; 8,192 for bpe and 10,000 for word if unset"
+        None, "entries of the vocabulary to train; 10,000 if unset"
     )
     valid_fraction: float = option(0.05, "share of the documents held out for validation")
     # False makes each split one stream with a single <EOS> at its very end, as the notebook did.
@@ -71,11 +72,11 @@ class DataConfig:
     @property
     def trains_tokenizer(self) -> bool:
         """Whether a tokenizer is trained, rather than read from a file."""
-        return self.tokenizer in DEFAULT_VOCAB_SIZE
+        return self.tokenizer in TOKENIZERS
 
     @property
     def target_vocab_size(self) -> int | None:
         """The vocabulary size to train, defaults filled in; ``None`` with a ready tokenizer."""
         if not self.trains_tokenizer:
             return None
-        return self.vocab_size or DEFAULT_VOCAB_SIZE[self.tokenizer]
+        return self.vocab_size or DEFAULT_VOCAB_SIZE
