@@ -1,0 +1,41 @@
+"""Runs `triton_suite.py` where Triton can run: in its interpreter, and on a GPU if there is one.
+
+Each in a process of its own: the interpreter is chosen for good when a kernel is imported.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+SUITE = Path(__file__).with_name("triton_suite.py")
+
+
+def run_suite(**environment: str) -> None:
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", SUITE]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, cwd=SUITE.parents[1]
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    run_suite(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu() -> None:
+    run_suite(TRITON_INTERPRET="0")
+
+
+def test_triton_is_imported_only_where_it_is_chosen() -> None:
+    code = "import sys, tinylm.kernels; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
