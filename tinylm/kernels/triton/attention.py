@@ -36,7 +36,7 @@ from tinylm.kernels.triton.common import (
 )
 
 LONGEST_WHOLE_HEAD = 64
-LARGEST_HEAD_DIM = 128
+LARGEST_HEAD_DIM = {torch.float16: 128, torch.bfloat16: 128, torch.float32: 64}
 # Lengths change from call to call in generation: no kernel of its own for each.
 _LENGTHS = ["T", "S"]
 
@@ -52,7 +52,7 @@ def _scores(q, k, row, column, T, S, scale_log2, CAUSAL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def forward_kernel(
+def tinylm_attention_forward(
     Q, K, V, OUT, LSE, scale_log2, heads, group, T, S,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -90,7 +90,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def backward_whole_head_kernel(
+def tinylm_attention_backward(
     Q, K, V, OUT, DOUT, LSE, DQ, DK, DV, scale, kv_heads, group, T, S,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_t, do_h,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
@@ -126,7 +126,7 @@ def backward_whole_head_kernel(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def backward_dq_kernel(
+def tinylm_attention_backward_dq(
     Q, K, V, OUT, DOUT, LSE, DELTA, DQ, scale, heads, group, T, S,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_t, do_h,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -165,7 +165,7 @@ def backward_dq_kernel(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def backward_dkdv_kernel(
+def tinylm_attention_backward_dkdv(
     Q, K, V, DOUT, LSE, DELTA, DK, DV, scale, kv_heads, group, T, S,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, do_b, do_t, do_h,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -210,18 +210,42 @@ def backward_dkdv_kernel(
     store_rows(DV + kv_head, column, S, kv_heads * D, dv, D, BLOCK_D)
 
 
-def tile_for(
-    capability: tuple[int, int], dtype: torch.dtype, length: int, head_dim: int, backward: bool
-) -> Tile:
-    """Tiles of queries × keys. Whole heads up to `LONGEST_WHOLE_HEAD` positions.
+# With these tiles the compiled code spills nothing on any architecture and fits into the 64 KB of
+# shared memory that there are below capability 8.0. fp32 products do not run on tensor cores; they
+# get small tiles and many warps.
 
-    Wider heads, fp32 (no tensor cores) and the backward pass (four tiles alive) get smaller tiles,
-    so that nothing spills and 64 KB of shared memory are enough below capability 8.0.
-    """
-    largest = 64 if head_dim <= 64 and dtype != torch.float32 else 32
-    side = min(largest, power_of_two(length))
-    stages = 2 if capability >= (8, 0) and not backward and length > side else 1
-    return Tile(side, side, warps={16: 1, 32: 2, 64: 4}[side], stages=stages)
+
+def forward_tile(
+    capability: tuple[int, int], dtype: torch.dtype, length: int, head_dim: int
+) -> Tile:
+    """Queries × keys; one program per head up to `LONGEST_WHOLE_HEAD` keys."""
+    whole = whole_head_tile(dtype, length, head_dim)
+    if whole is not None and whole.rows <= 32:
+        return whole
+    if dtype == torch.float32:
+        return Tile(32, 32, warps=8)
+    return Tile(64, 32, warps=4, stages=2 if capability >= (8, 0) else 1)
+
+
+def whole_head_tile(dtype: torch.dtype, length: int, head_dim: int) -> Tile | None:
+    """All queries × all keys, if they fit into one program of the backward pass."""
+    side = power_of_two(length)
+    if dtype == torch.float32:
+        return Tile(side, side, warps=side // 4) if side <= 32 else None
+    if side > LONGEST_WHOLE_HEAD:
+        return None
+    return Tile(side, side, warps=side // 16 * (1 if head_dim <= 64 else 2))
+
+
+def backward_tiles(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int
+) -> tuple[Tile, Tile]:
+    """Queries × keys of the kernel that sums over keys, and of the one that sums over queries."""
+    if dtype == torch.float32:
+        return Tile(32, 32, warps=8), Tile(32, 32, warps=8)
+    stages = 2 if capability >= (8, 0) else 1
+    keys = 64 if head_dim <= 64 else 32
+    return Tile(64, 32, warps=4, stages=stages), Tile(32, keys, warps=4, stages=stages)
 
 
 @torch.library.custom_op("tinylm::attention_forward", mutates_args=())
@@ -233,9 +257,9 @@ def attention_forward(
     S = k_BHSD.shape[2]
     out_BTHD = q_BHTD.new_empty(B, T, H, D)
     lse_BHT = q_BHTD.new_empty(B, H, T, dtype=torch.float32)
-    tile = tile_for(capability(q_BHTD), q_BHTD.dtype, S, D, backward=False)
+    tile = forward_tile(capability(q_BHTD), q_BHTD.dtype, S, D)
     with on_device(q_BHTD):
-        forward_kernel[(B * H, triton.cdiv(T, tile.rows))](
+        tinylm_attention_forward[(B * H, triton.cdiv(T, tile.rows))](
             q_BHTD, k_BHSD, v_BHSD, out_BTHD, lse_BHT,
             scale * LOG2E.value, H, H // k_BHSD.shape[1], T, S,
             *q_BHTD.stride()[:3], *k_BHSD.stride()[:3], *v_BHSD.stride()[:3],
@@ -259,24 +283,24 @@ def attention_backward(
         *q_BHTD.stride()[:3], *k_BHSD.stride()[:3], *v_BHSD.stride()[:3], *dout_BTHD.stride()[:3],
     )  # fmt: skip
     shape = {"CAUSAL": causal, "D": D, "BLOCK_D": power_of_two(D)}
-    tile = tile_for(capability(q_BHTD), q_BHTD.dtype, S, D, backward=True)
     inputs = q_BHTD, k_BHSD, v_BHSD
+    whole = whole_head_tile(q_BHTD.dtype, S, D)
+    by_query, by_key = backward_tiles(capability(q_BHTD), q_BHTD.dtype, D)
     with on_device(q_BHTD):
-        if tile.columns >= S:
-            backward_whole_head_kernel[(B * H_kv,)](
+        if whole is not None:
+            tinylm_attention_backward[(B * H_kv,)](
                 *inputs, out_BTHD, dout_BTHD, lse_BHT, dq, dk, dv, scale, H_kv, H // H_kv, T, S,
-                *strides, **shape, BLOCK=tile.rows, **tile.launch,
+                *strides, **shape, BLOCK=whole.rows, **whole.launch,
             )  # fmt: skip
             return dq, dk, dv
         delta_BHT = torch.empty_like(lse_BHT)
-        blocks = {"BLOCK_T": tile.rows, "BLOCK_S": tile.columns}
-        backward_dq_kernel[(B * H, triton.cdiv(T, tile.rows))](
+        tinylm_attention_backward_dq[(B * H, triton.cdiv(T, by_query.rows))](
             *inputs, out_BTHD, dout_BTHD, lse_BHT, delta_BHT, dq, scale, H, H // H_kv, T, S,
-            *strides, **shape, **blocks, **tile.launch,
+            *strides, **shape, BLOCK_T=by_query.rows, BLOCK_S=by_query.columns, **by_query.launch,
         )  # fmt: skip
-        backward_dkdv_kernel[(B * H_kv, triton.cdiv(S, tile.columns))](
+        tinylm_attention_backward_dkdv[(B * H_kv, triton.cdiv(S, by_key.columns))](
             *inputs, dout_BTHD, lse_BHT, delta_BHT, dk, dv, scale, H_kv, H // H_kv, T, S,
-            *strides, **shape, **blocks, **tile.launch,
+            *strides, **shape, BLOCK_T=by_key.rows, BLOCK_S=by_key.columns, **by_key.launch,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -323,17 +347,22 @@ def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, caus
 
 def refusal(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, start_B: Tensor | None) -> str | None:
     """Why these kernels do not take a call; None if they do."""
-    D, T, S = q_BHTD.shape[-1], q_BHTD.shape[2], k_BHSD.shape[2]
+    head_dim, T, S = q_BHTD.shape[3], q_BHTD.shape[2], k_BHSD.shape[2]
+    largest = LARGEST_HEAD_DIM.get(q_BHTD.dtype, 0)
     if start_B is not None:
         return "left padding is not in the kernels"
     if not (k_BHSD.dtype == v_BHSD.dtype == q_BHTD.dtype):
         return f"mixed dtypes {q_BHTD.dtype}, {k_BHSD.dtype} and {v_BHSD.dtype}"
     if why := dtype_refusal(q_BHTD) or matmul_refusal(q_BHTD):
         return why
-    if k_BHSD.shape != v_BHSD.shape or q_BHTD.shape[0] != k_BHSD.shape[0] or k_BHSD.shape[3] != D:
+    if (
+        k_BHSD.shape != v_BHSD.shape
+        or q_BHTD.shape[0] != k_BHSD.shape[0]
+        or k_BHSD.shape[3] != head_dim
+    ):
         return "queries, keys and values do not have the same batch and head dimension"
-    if D > LARGEST_HEAD_DIM:
-        return f"head dimension {D} is above {LARGEST_HEAD_DIM}"
+    if head_dim > largest:
+        return f"head dimension {head_dim} is above {largest} ({q_BHTD.dtype})"
     if T > S:
         return f"{T} queries are more than {S} keys"
     if q_BHTD.numel() == 0:

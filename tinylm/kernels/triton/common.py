@@ -84,7 +84,13 @@ def dtype_refusal(*tensors: Tensor) -> str | None:
 
 
 def matmul_refusal(x: Tensor) -> str | None:
-    """Why no kernel with matrix products should run on the device of ``x``; None if it may."""
-    if x.is_cuda and capability(x) < (8, 0):
-        return "Triton leaves the tensor cores of compute capability 7.x idle"
-    return None
+    """Why no kernel with products of the dtype of ``x`` should run on its device."""
+    if not x.is_cuda or capability(x) >= (8, 0):
+        return None
+    if capability(x) != (7, 5):
+        return "Triton has no tensor cores below compute capability 7.5"
+    if x.dtype != torch.float16:
+        return f"compute capability 7.5 has no matrix instructions for {x.dtype}"
+    from tinylm.kernels import turing
+
+    return turing.refusal(x.device)

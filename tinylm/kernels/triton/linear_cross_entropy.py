@@ -36,7 +36,7 @@ WIDEST = 256
 
 
 @triton.jit(do_not_specialize=["rows"])
-def forward_kernel(
+def tinylm_linear_cross_entropy_forward(
     H, WEIGHT, BIAS, TARGET, LOSS, LSE, DH, rows, vocabulary, ignore_index,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def forward_kernel(
     known = kept & (target >= 0) & (target < vocabulary)
     column = tl.arange(0, BLOCK_C)
     own_weight = tl.load(
-        WEIGHT + target[:, None] * C + column[None, :],
+        WEIGHT + target.to(tl.int32)[:, None] * C + column[None, :],
         mask=known[:, None] & (column < C)[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -86,7 +86,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def backward_weight_kernel(
+def tinylm_linear_cross_entropy_dweight(
     H, WEIGHT, BIAS, TARGET, LSE, G, DWEIGHT, DBIAS, SCALE, rows, vocabulary, ignore_index,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -123,13 +123,17 @@ def backward_weight_kernel(
 
 
 def tile_for(capability: tuple[int, int], dtype: torch.dtype, width: int) -> Tile:
-    """Tiles of rows × tokens. The sums are BLOCK × width in fp32, so wide ones get more warps."""
+    """Tiles of what a program keeps × what it walks over: rows × tokens forwards.
+
+    With these the compiled code spills nothing on any architecture (the sums are rows × width in
+    fp32) and fits into the 64 KB of shared memory that there are below capability 8.0.
+    """
     if dtype == torch.float32:
-        return Tile(32, 32, warps=4 if width <= 128 else 8)
-    stages = 2 if capability >= (8, 0) else 1
+        return Tile(32, 32, warps=8)
+    modern = capability >= (8, 0)
     if width <= 128:
-        return Tile(64, 64, warps=4, stages=stages)
-    return Tile(64, 32, warps=8, stages=stages)
+        return Tile(64, 32, warps=8, stages=2 if modern else 1)
+    return Tile(32, 64, warps=8, stages=2) if modern else Tile(32, 32, warps=8)
 
 
 @torch.library.custom_op("tinylm::linear_cross_entropy_forward", mutates_args=())
@@ -143,7 +147,7 @@ def linear_cross_entropy_forward(
     dh_NC = h_NC.new_empty((N, C) if need_dh else (0, C), dtype=dtype)
     tile = tile_for(capability(h_NC), dtype, C)
     with on_device(h_NC):
-        forward_kernel[(triton.cdiv(N, tile.rows),)](
+        tinylm_linear_cross_entropy_forward[(triton.cdiv(N, tile.rows),)](
             _dense(h_NC, dtype), _dense(weight_VC, dtype), bias_V, target_N.contiguous(),
             loss_N, lse_N, dh_NC if need_dh else None, N, weight_VC.shape[0], ignore_index,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.rows, BLOCK_V=tile.columns, **tile.launch,
@@ -161,10 +165,10 @@ def linear_cross_entropy_backward_weight(
     dweight_VC = weight_VC.new_empty(V, C)
     dbias_V = weight_VC.new_empty(0) if bias_V is None else torch.empty_like(bias_V)
     scale = dloss_N.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    # Here a program's tokens are what a program's rows are in the forward pass.
+    # Here a program keeps tokens and walks over rows.
     tile = tile_for(capability(h_NC), dtype, C)
     with on_device(h_NC):
-        backward_weight_kernel[(triton.cdiv(V, tile.rows),)](
+        tinylm_linear_cross_entropy_dweight[(triton.cdiv(V, tile.rows),)](
             _dense(h_NC, dtype), _dense(weight_VC, dtype), bias_V, target_N.contiguous(), lse_N,
             dloss_N / scale, dweight_VC, None if bias_V is None else dbias_V, scale,
             N, V, ignore_index,

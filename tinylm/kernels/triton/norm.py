@@ -31,7 +31,7 @@ TILE_ELEMENTS = 1024
 
 
 @triton.jit
-def forward_kernel(
+def tinylm_norm_forward(
     X, RESIDUAL, WEIGHT, BIAS, OUT, SUM, MEAN, RSTD, rows, x_row, residual_row, eps,
     RMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def tinylm_norm_backward(
     U, WEIGHT, MEAN, RSTD, DOUT, DSUM, DU, DWEIGHT, DBIAS, rows, tiles, u_row, dout_row, dsum_row,
     RMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def norm_forward(
     out, total, mean, rstd = _norm_forward_outputs(x_NC, residual_NC, rms)
     tile = tile_for(x_NC.shape[1])
     with on_device(x_NC):
-        forward_kernel[(triton.cdiv(x_NC.shape[0], tile.rows),)](
+        tinylm_norm_forward[(triton.cdiv(x_NC.shape[0], tile.rows),)](
             x_NC, residual_NC, weight_C, bias_C, out, total, mean, rstd, x_NC.shape[0],
             x_NC.stride(0), 0 if residual_NC is None else residual_NC.stride(0), eps,
             RMS=rms, WIDTH=x_NC.shape[1], BLOCK=tile.columns, ROWS=tile.rows, **tile.launch,
@@ -150,7 +150,7 @@ def norm_backward(
     dweight_PC = u_NC.new_empty(programs, C, dtype=torch.float32)
     dbias_PC = None if rms else torch.empty_like(dweight_PC)
     with on_device(u_NC):
-        backward_kernel[(programs,)](
+        tinylm_norm_backward[(programs,)](
             u_NC, weight_C, mean_N, rstd_N, dout_NC, dsum_NC, du_NC, dweight_PC, dbias_PC,
             N, triton.cdiv(tiles, programs),
             u_NC.stride(0), dout_NC.stride(0), 0 if dsum_NC is None else dsum_NC.stride(0),
