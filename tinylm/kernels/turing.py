@@ -26,6 +26,8 @@ import triton.language as tl
 from triton import knobs
 from triton._C.libtriton import ir
 
+from tinylm.kernels.dispatch import decided_while_tracing
+
 CAPABILITY = 75
 INSTRUCTION = "m16n8k8"
 OLDEST_TRITON = (3, 6)
@@ -114,9 +116,14 @@ def tinylm_turing_probe(A: Any, B: Any, C: Any) -> None:
     tl.store(C + place, tl.dot(tl.load(A + place), tl.trans(tl.load(B + place))))
 
 
-@cache
+@decided_while_tracing
 def refusal(device: torch.device) -> str | None:
     """Why products cannot run on the tensor cores of this 7.5 device; None if they do."""
+    return _verified(device)
+
+
+@cache
+def _verified(device: torch.device) -> str | None:
     if _version() < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"compute capability 7.5 needs Triton {oldest}, this is {triton.__version__}"

@@ -361,6 +361,8 @@ def refusal(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, start_B: Tensor | No
         or k_BHSD.shape[3] != head_dim
     ):
         return "queries, keys and values do not have the same batch and head dimension"
+    if q_BHTD.shape[1] % k_BHSD.shape[1]:
+        return "the query heads are not a multiple of the key heads"
     if head_dim > largest:
         return f"head dimension {head_dim} is above {largest} ({q_BHTD.dtype})"
     if T > S:

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinylm.kernels.dispatch import decided_while_tracing
+
 # Softmax in base 2: the hardware has exp2 and log2, and exp(x) is exp2(x · log2 e) anyway.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -58,7 +60,12 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 def capability(x: Tensor) -> tuple[int, int]:
     """Of the device of ``x``; the interpreter passes for the smallest one."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (7, 5)
+    return _cuda_capability(x.device) if x.is_cuda else (7, 5)
+
+
+@decided_while_tracing
+def _cuda_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
