@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 KILOBYTE = 1024
@@ -115,3 +116,42 @@ def test_the_lowering_leaves_another_hook_in_place(monkeypatch: pytest.MonkeyPat
     hook("backend", stages, None, None, 75)
     assert stages["ttgir"] != "stock"
     assert len(seen) == 3
+
+
+class Probe:
+    """Stands for the compiled probe: what it leaves in C, and its code."""
+
+    def __init__(self, ptx: str, error: float) -> None:
+        self.asm, self.error = {"ptx": ptx}, error
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> "Probe":
+            c.copy_(a.float() @ b.float().T + self.error)
+            return self
+
+        return launch
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        (Probe("mma.sync.aligned.m16n8k8.row.col", 0), None),
+        (Probe("mma.sync.aligned.m16n8k8.row.col", 1), "came out wrong"),
+        (Probe("fma.rn.f32", 0), "does not use the tensor cores"),
+        (None, "does not compile for 7.5"),
+    ],
+)
+def test_the_lowering_is_believed_only_when_it_works(
+    probe: Probe | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    from tinylm.kernels import turing
+
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", None)
+    monkeypatch.setattr(turing, "tinylm_turing_probe", probe)
+    turing._verified.cache_clear()
+    refusal = turing.refusal(torch.device("cpu"))
+    turing._verified.cache_clear()
+    assert refusal is None if reason is None else reason in (refusal or "")

@@ -84,6 +84,8 @@ def resources(compiled: Any) -> dict[str, Any]:
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What a training step calls, at the shapes of the presets and at the largest there are."""
     for length, head_dim in ((32, 32), (64, 64), (256, 32), (256, 64), (256, 128)):
+        if head_dim > attention.LARGEST_HEAD_DIM[dtype]:
+            continue
         qkv = [torch.empty(2, 4, length, head_dim, dtype=dtype) for _ in range(3)]
         out, lse = torch.empty(2, length, 4, head_dim, dtype=dtype), torch.empty(2, 4, length)
         name = f"attention T={length} D={head_dim}"

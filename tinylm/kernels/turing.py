@@ -27,6 +27,7 @@ from triton import knobs
 from triton._C.libtriton import ir
 
 from tinylm.kernels.dispatch import decided_while_tracing
+from tinylm.kernels.triton.common import on_device
 
 CAPABILITY = 75
 INSTRUCTION = "m16n8k8"
@@ -132,7 +133,7 @@ def _verified(device: torch.device) -> str | None:
     a, b = (torch.arange(1024, device=device).mul(n).remainder(11).view(32, 32) for n in (5, 7))
     c = torch.full((32, 32), float("nan"), device=device)
     try:
-        with torch.cuda.device(device):
+        with on_device(c):
             compiled = tinylm_turing_probe[(1,)](a.half(), b.half(), c)
     except Exception as error:  # whatever a version that this does not know does
         return f"Triton {triton.__version__} does not compile for 7.5 ({type(error).__name__})"
