@@ -1,6 +1,7 @@
 """Every implementation of every operator against a float64 reference, forwards and gradients."""
 
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ from tinylm.kernels import dispatch
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.6e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 LENGTHS = [1, 7, 31, 33, 63, 100]
+# The Triton kernels have their own tests, in test_triton_kernels.py.
+TORCH = {
+    operator: [name for name in names if name != "triton"]
+    for operator, names in dispatch.IMPLEMENTATIONS.items()
+}
 
 
 def assert_close(
@@ -52,7 +58,7 @@ def gradients(out: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
 def test_attention_matches_reference(backend: str, length: int, dtype: torch.dtype) -> None:
     q, k, v = (randn(2, 3, length, 16, dtype=dtype, seed=i).requires_grad_() for i in range(3))
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
@@ -67,7 +73,7 @@ def test_attention_matches_reference(backend: str, length: int, dtype: torch.dty
         assert_close(actual, wanted, dtype, f"d{name}", floor=1.0)
 
 
-@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 33), (5, 33), (31, 63)])
 def test_attention_of_the_last_queries(backend: str, queries: int, keys: int) -> None:
     q, k, v = (randn(2, 3, keys, 16, dtype=torch.float32, seed=i) for i in range(3))
@@ -76,14 +82,14 @@ def test_attention_of_the_last_queries(backend: str, queries: int, keys: int) ->
     assert_close(part, whole, torch.float32)
 
 
-@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
 def test_attention_without_mask(backend: str) -> None:
     q, k, v = (randn(2, 3, 9, 16, dtype=torch.float32, seed=i) for i in range(3))
     out = kernels.causal_attention(q, k, v, causal=False, backend=backend)
     assert_close(out, slow_attention(q, k, v, causal=False), torch.float32)
 
 
-@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
 def test_attention_with_fewer_key_heads(backend: str) -> None:
     q = randn(2, 6, 9, 16, dtype=torch.float32)
     k, v = (randn(2, 2, 9, 16, dtype=torch.float32, seed=i) for i in (1, 2))
@@ -92,7 +98,7 @@ def test_attention_with_fewer_key_heads(backend: str) -> None:
     assert_close(out, slow_attention(q, *wide), torch.float32)
 
 
-@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["causal_attention"])
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
 def test_no_gradient_flows_from_a_position_to_later_inputs(backend: str) -> None:
     q, k, v = (randn(1, 2, 12, 16, dtype=torch.float32, seed=i).requires_grad_() for i in range(3))
     out = kernels.causal_attention(q, k, v, backend=backend)
@@ -115,7 +121,7 @@ def test_attention_ignores_left_padding() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("width", [1, 31, 128])
-@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["layer_norm"])
+@pytest.mark.parametrize("backend", TORCH["layer_norm"])
 def test_layer_norm(backend: str, width: int, residual: bool, dtype: torch.dtype) -> None:
     x, other = (randn(5, 3, width, dtype=dtype, seed=i).requires_grad_() for i in range(2))
     weight, bias = (randn(width, dtype=dtype, seed=i).requires_grad_() for i in (2, 3))
@@ -170,7 +176,7 @@ def test_rotary_turns_pairs_by_their_position() -> None:
 @pytest.mark.parametrize("rows", [1, 31, 100, 600])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", dispatch.IMPLEMENTATIONS["linear_cross_entropy"])
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
 def test_linear_cross_entropy(backend: str, dtype: torch.dtype, with_bias: bool, rows: int) -> None:
     h = (randn(rows, 24) / 4).to(dtype).requires_grad_()  # logits of a usual size, 1 to 5
     weight = randn(97, 24, dtype=dtype, seed=1).requires_grad_()
@@ -213,19 +219,60 @@ def test_linear_cross_entropy_computes_only_the_gradients_asked_for() -> None:
     assert weight.grad is None
 
 
-def test_environment_variable_chooses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
-    dispatch.select.cache_clear()
-    try:
-        assert dispatch.select("linear_cross_entropy", "cpu").implementation == "reference"
-        assert dispatch.select("causal_attention", "cuda").implementation == "matmul"
-        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fastest")
-        dispatch.select.cache_clear()
-        with pytest.raises(InputError, match="TINYLM_KERNELS is 'fastest'"):
-            dispatch.select("causal_attention", "cpu")
-    finally:
-        monkeypatch.undo()
-        dispatch.select.cache_clear()
+@pytest.fixture
+def chosen_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets the environment variable; what it chose is forgotten afterwards."""
+
+    def choose(setting: str) -> None:
+        monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, setting)
+        for decision in (dispatch.select, dispatch.triton_refusal, dispatch._fall_back):
+            decision.cache_clear()
+
+    yield choose
+    choose("auto")
+
+
+def test_environment_variable_chooses_the_reference(chosen_by: Callable[[str], None]) -> None:
+    chosen_by("reference")
+    assert dispatch.select("linear_cross_entropy", "cpu").implementation == "reference"
+    assert dispatch.select("causal_attention", "cuda").implementation == "matmul"
+    chosen_by("fastest")
+    with pytest.raises(InputError, match=r"TINYLM_KERNELS is 'fastest'.*auto .*triton .*torch"):
+        dispatch.select("causal_attention", "cpu")
+
+
+def test_triton_is_not_chosen_by_itself_but_on_request(
+    chosen_by: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)  # as if triton were installed
+    chosen_by("auto")
+    selection = dispatch.select("causal_attention", "cuda")
+    assert selection.implementation == "sdpa"
+    assert "TINYLM_KERNELS=triton" in selection.reason
+    chosen_by("torch")
+    assert dispatch.select("causal_attention", "cuda").implementation == "sdpa"
+    chosen_by("triton")
+    for operator, names in dispatch.IMPLEMENTATIONS.items():
+        expected = "triton" if "triton" in names else "torch"
+        assert dispatch.select(operator, "cuda").implementation == expected
+
+
+def test_triton_that_cannot_run_is_replaced_and_named_once(
+    chosen_by: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    chosen_by("triton")
+    x = randn(1, 1, 2, 16, dtype=torch.float32)
+    for _ in range(2):
+        out = kernels.causal_attention(x, x, x)
+        assert torch.equal(out, kernels.causal_attention(x, x, x, backend="matmul"))
+    assert "triton is not installed" in dispatch.select("causal_attention", "cpu").reason
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "causal_attention runs as matmul, not as a Triton kernel: triton is not installed"
+    )
 
 
 def test_unknown_backend_is_named() -> None:

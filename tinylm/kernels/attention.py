@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation, statistics_dtype
+from tinylm.kernels.dispatch import autocast_dtype, implementation, statistics_dtype, torch_instead
 
 # A finite stand-in for minus infinity: a row that is masked everywhere stays free of NaN.
 MASKED = -1e30
@@ -32,16 +32,26 @@ def causal_attention(
         scale: factor on the scores, ``1 / sqrt(D)`` if None.
         causal: False lets every query see every key.
         start_B: first real key of each sequence (left padding); queries before it give zeros.
-        backend: ``"sdpa"`` or ``"matmul"``; chosen by device if None.
+        backend: ``"triton"``, ``"sdpa"`` or ``"matmul"``; chosen by device if None.
 
     Returns:
         out_BHTD in the dtype of ``q_BHTD``.
     """
     scale = 1.0 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
+    device_type = q_BHTD.device.type
+    name = implementation("causal_attention", device_type, backend)
+    if name == "triton":
+        from tinylm.kernels.triton import attention as kernels
+
+        dtype = autocast_dtype(q_BHTD)
+        qkv = q_BHTD.to(dtype), k_BHSD.to(dtype), v_BHSD.to(dtype)
+        refusal = kernels.refusal(*qkv, start_B)
+        if refusal is None:
+            return kernels.attention(*qkv, scale, causal)
+        name = torch_instead("causal_attention", device_type, refusal)
     groups = q_BHTD.shape[1] // k_BHSD.shape[1]
     if groups > 1:
         k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BHSD, v_BHSD))
-    name = implementation("causal_attention", q_BHTD.device.type, backend)
     if name == "sdpa" and start_B is None:
         return _sdpa(q_BHTD, k_BHSD, v_BHSD, scale, causal)
     return _matmul(q_BHTD, k_BHSD, v_BHSD, scale, _mask(q_BHTD, k_BHSD, causal, start_B))

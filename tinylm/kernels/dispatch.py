@@ -1,8 +1,12 @@
 """Which implementation of each operator runs on which device, and why: one table, one place."""
 
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +14,24 @@ from torch import Tensor
 from tinylm.errors import InputError
 
 ENVIRONMENT_VARIABLE = "TINYLM_KERNELS"
+SETTINGS = {
+    "auto": "the fastest known",
+    "triton": "the Triton kernels wherever they can run",
+    "torch": "the best of plain torch",
+    "reference": "the plain references",
+}
+
+logger = logging.getLogger("tinylm")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def decided_while_tracing(function: F) -> F:
+    """Lets torch.compile call ``function`` as it is, and takes what it returns as fixed.
+
+    This is ``torch.compiler.assume_constant_result``, which would import the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -21,10 +43,10 @@ class Selection:
     reason: str
 
 
-# (operator, device type) -> what "auto" chooses. "*" stands for every other device.
+# (operator, device type) -> the torch implementation. "*" stands for every other device.
 # The reasons are measurements where there is a choice: at head dimension 32, SDPA's backward
 # on a CPU takes about twice as long as two plain matrix products.
-_AUTO: dict[tuple[str, str], tuple[str, str]] = {
+_TORCH: dict[tuple[str, str], tuple[str, str]] = {
     ("causal_attention", "cpu"): ("matmul", "faster than SDPA's backward at small head dimensions"),
     ("causal_attention", "*"): ("sdpa", "torch's fused attention"),
     ("layer_norm", "*"): ("torch", "torch's own layer norm"),
@@ -32,13 +54,15 @@ _AUTO: dict[tuple[str, str], tuple[str, str]] = {
     ("linear_cross_entropy", "*"): ("chunked", "never holds all logits; least memory traffic"),
     ("rotary", "*"): ("torch", "plain torch"),
 }
+# Why "auto" does not choose the Triton kernels yet, where they could run.
+_UNPROVEN = "no Triton kernel has run on a GPU yet, TINYLM_KERNELS=triton tries them"
 
 # Every implementation an operator has; the last is the plain reference.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "causal_attention": ("sdpa", "matmul"),
-    "layer_norm": ("torch", "reference"),
-    "rms_norm": ("torch",),
-    "linear_cross_entropy": ("chunked", "reference"),
+    "causal_attention": ("triton", "sdpa", "matmul"),
+    "layer_norm": ("triton", "torch", "reference"),
+    "rms_norm": ("triton", "torch"),
+    "linear_cross_entropy": ("triton", "chunked", "reference"),
     "rotary": ("torch",),
 }
 
@@ -47,22 +71,46 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 def select(operator: str, device_type: str) -> Selection:
     """The implementation of ``operator`` for a device type, decided once per process.
 
-    ``TINYLM_KERNELS=auto`` (or unset) takes the fastest known; ``reference`` takes the plain
-    reference of every operator. Anything else raises `InputError`.
+    ``TINYLM_KERNELS`` is one of `SETTINGS`, ``auto`` if unset; anything else raises `InputError`.
     """
     setting = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
+    if setting not in SETTINGS:
+        known = ", ".join(f"{name} ({meaning})" for name, meaning in SETTINGS.items())
+        raise InputError(f"{ENVIRONMENT_VARIABLE} is {setting!r}; choose one of {known}")
+    own = IMPLEMENTATIONS[operator]
     if setting == "reference":
-        return Selection(
-            operator, IMPLEMENTATIONS[operator][-1], f"{ENVIRONMENT_VARIABLE}=reference"
-        )
-    if setting != "auto":
-        raise InputError(
-            f"{ENVIRONMENT_VARIABLE} is {setting!r}; choose auto (the fastest) or reference"
-        )
-    name, reason = _AUTO.get((operator, device_type)) or _AUTO[(operator, "*")]
+        return Selection(operator, own[-1], f"{ENVIRONMENT_VARIABLE}=reference")
+    name, reason = _torch_choice(operator, device_type)
+    if "triton" not in own or setting == "torch":
+        return Selection(operator, name, reason)
+    if setting == "triton":
+        refusal = triton_refusal(device_type)
+        if refusal is None:
+            return Selection(operator, "triton", f"{ENVIRONMENT_VARIABLE}=triton")
+        return Selection(operator, _fall_back(operator, name, refusal), f"{refusal}; {reason}")
+    if device_type == "cuda" and triton_refusal(device_type) is None:
+        reason = f"{reason}; {_UNPROVEN}"
     return Selection(operator, name, reason)
 
 
+def _torch_choice(operator: str, device_type: str) -> tuple[str, str]:
+    return _TORCH.get((operator, device_type)) or _TORCH[(operator, "*")]
+
+
+@cache
+def triton_refusal(device_type: str) -> str | None:
+    """Why no Triton kernel can run on a device type; None if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cuda":
+        return None
+    import triton
+
+    # The interpreter, for tests: TRITON_INTERPRET=1 when a kernel's file is first imported.
+    return None if triton.knobs.runtime.interpret else "Triton needs a CUDA device"
+
+
+@decided_while_tracing
 def implementation(operator: str, device_type: str, backend: str | None) -> str:
     """``backend`` if given (checked), else what `select` chooses."""
     if backend is None:
@@ -70,7 +118,21 @@ def implementation(operator: str, device_type: str, backend: str | None) -> str:
     if backend not in IMPLEMENTATIONS[operator]:
         known = ", ".join(IMPLEMENTATIONS[operator])
         raise InputError(f"{operator} has no backend {backend!r}; choose one of {known}")
+    if backend == "triton" and (refusal := triton_refusal(device_type)):
+        return torch_instead(operator, device_type, refusal)
     return backend
+
+
+@decided_while_tracing
+def torch_instead(operator: str, device_type: str, refusal: str) -> str:
+    """The torch implementation, for a call that the Triton kernel refuses; says why, once."""
+    return _fall_back(operator, _torch_choice(operator, device_type)[0], refusal)
+
+
+@cache
+def _fall_back(operator: str, name: str, refusal: str) -> str:
+    logger.warning("%s runs as %s, not as a Triton kernel: %s", operator, name, refusal)
+    return name
 
 
 def selections(device_type: str) -> list[Selection]:
@@ -86,3 +148,9 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """``x`` in its `statistics_dtype`."""
     return x.to(statistics_dtype(x))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with ``x``: autocast's if it is on, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

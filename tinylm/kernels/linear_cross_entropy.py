@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation, wide
+from tinylm.kernels.dispatch import autocast_dtype, implementation, torch_instead, wide
 
 # Rows of logits alive at once. On a CPU 256 × 10,000 fp32 (10 MB) is the fastest of 64 … 2,048;
 # a GPU wants larger products.
@@ -34,13 +34,23 @@ def linear_cross_entropy(
     no row left the loss is NaN, as in torch.
 
     Args:
-        backend: ``"chunked"`` or ``"reference"``; chosen by device if None.
+        backend: ``"triton"``, ``"chunked"`` or ``"reference"``; chosen by device if None.
     """
-    if implementation("linear_cross_entropy", h_NC.device.type, backend) == "reference":
+    device_type = h_NC.device.type
+    name = implementation("linear_cross_entropy", device_type, backend)
+    dtype = autocast_dtype(h_NC)
+    if name == "triton":
+        from tinylm.kernels.triton import linear_cross_entropy as kernels
+
+        refusal = kernels.refusal(h_NC, weight_VC, bias_V, dtype)
+        if refusal is None:
+            return kernels.linear_cross_entropy(
+                h_NC, weight_VC, targets_N, bias_V, ignore_index, dtype
+            )
+        name = torch_instead("linear_cross_entropy", device_type, refusal)
+    if name == "reference":
         logits_NV = wide(F.linear(h_NC, weight_VC, bias_V))
         return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index)
-    device = h_NC.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_NC.dtype
     loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
         h_NC, weight_VC, bias_V, targets_N, ignore_index, dtype
     )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation, wide
+from tinylm.kernels.dispatch import implementation, torch_instead, wide
 
 
 @overload
@@ -33,8 +33,17 @@ def layer_norm(
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
     Statistics are fp32; the result has the dtype of ``x``.
     """
+    name = implementation("layer_norm", x.device.type, backend)
+    if name == "triton":
+        from tinylm.kernels.triton import norm as kernels
+
+        refusal = kernels.refusal(x, weight, bias, residual)
+        if refusal is None:
+            out, total = kernels.norm(x, weight, bias, residual, eps, rms=False)
+            return out if residual is None else (out, total)
+        name = torch_instead("layer_norm", x.device.type, refusal)
     total = x if residual is None else x + residual
-    if implementation("layer_norm", x.device.type, backend) == "reference":
+    if name == "reference":
         x_wide = wide(total)
         mean = x_wide.mean(dim=-1, keepdim=True)
         variance = (x_wide - mean).square().mean(dim=-1, keepdim=True)
@@ -68,7 +77,15 @@ def rms_norm(
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
     Statistics are fp32; the result has the dtype of ``x``.
     """
-    implementation("rms_norm", x.device.type, backend)
+    name = implementation("rms_norm", x.device.type, backend)
+    if name == "triton":
+        from tinylm.kernels.triton import norm as kernels
+
+        refusal = kernels.refusal(x, weight, None, residual)
+        if refusal is None:
+            out, total = kernels.norm(x, weight, None, residual, eps, rms=True)
+            return out if residual is None else (out, total)
+        torch_instead("rms_norm", x.device.type, refusal)
     total = x if residual is None else x + residual
     x_wide = wide(total)
     scale = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)

@@ -1,0 +1,157 @@
+"""Budgets of the compiled Triton kernels on every architecture, without any GPU.
+
+What is examined is what `triton_compile.py` finds. On 7.5 the matrix instructions are there only
+through `tinylm.kernels.turing`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+KILOBYTE = 1024
+# Shared memory of one program: 64 KB is all there is on 7.5, 99 KB on 8.9.
+SHARED = {75: 64 * KILOBYTE, 80: 99 * KILOBYTE, 89: 99 * KILOBYTE, 90: 99 * KILOBYTE}
+# By the shape of the instruction. On 9.0 the tiles of less than 64 rows use that of 8.0.
+MATRIX_INSTRUCTIONS = {
+    75: ("m16n8k8",),
+    80: ("m16n8k16",),
+    89: ("m16n8k16",),
+    90: ("m64", "m16n8k16"),
+}
+KERNELS = {
+    "tinylm_attention_forward": 5, "tinylm_attention_backward": 2,
+    "tinylm_attention_backward_dq": 3, "tinylm_attention_backward_dkdv": 3,
+    "tinylm_norm_forward": 2, "tinylm_norm_backward": 2,
+    "tinylm_linear_cross_entropy_forward": 2, "tinylm_linear_cross_entropy_dweight": 2,
+}  # fmt: skip
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def compiled(arch: int, dtype: str, cache: Path, *options: str) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, str(arch), dtype, *options],
+        env=os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5_000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [(75, "float16"), (80, "bfloat16"), (89, "bfloat16"), (90, "bfloat16")]
+)
+def test_kernels_keep_to_their_budgets(arch: int, dtype: str, tmp_path: Path) -> None:
+    kernels = compiled(arch, dtype, tmp_path)
+    found = [kernel["kernel"] for kernel in kernels]
+    assert {name: found.count(name) for name in found} == KERNELS
+    for kernel in kernels:
+        assert kernel["stack"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= SHARED[arch], kernel
+        if "norm" in kernel["kernel"]:
+            assert kernel["mma"] == [], kernel
+        else:
+            assert kernel["mma"], kernel
+            assert all(m.startswith(MATRIX_INSTRUCTIONS[arch]) for m in kernel["mma"]), kernel
+
+
+@needs_triton
+@pytest.mark.slow
+def test_triton_by_itself_leaves_the_tensor_cores_of_7_5_idle(tmp_path: Path) -> None:
+    """When this fails, Triton has learnt it, and `tinylm.kernels.turing` can go."""
+    kernels = compiled(75, "float16", tmp_path, "stock")
+    assert kernels
+    assert all(kernel["mma"] == [] for kernel in kernels)
+
+
+OWN = "tt.func public @tinylm_norm_forward(%arg0"
+DOT = "%3 = tt.dot %1, %2, %0 : tensor<16x32x{}> * tensor<32x16x{}> -> tensor<16x16xf32>"
+
+
+@needs_triton
+def test_the_lowering_for_7_5_takes_only_fp16_products_of_our_kernels() -> None:
+    from tinylm.kernels import turing
+
+    fp16, fp32 = DOT.format("f16", "f16"), DOT.format("f32", "f32")
+    assert turing.applies(f"{OWN}\n{fp16}\n{fp16}")
+    assert not turing.applies(f"{OWN}\n{fp16}\n{fp32}")
+    assert not turing.applies(OWN)
+    assert not turing.applies(f"tt.func public @somebody_elses(%arg0\n{fp16}")
+    with pytest.raises(RuntimeError, match="asynchronous copies"):
+        turing.rewritten("ttg.async_copy_global_to_local")
+
+
+@needs_triton
+def test_the_lowering_leaves_another_hook_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    from tinylm.kernels import turing
+
+    seen = []
+
+    def other(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return "key", "hash"
+
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", other)
+    turing.install()
+    hook = knobs.runtime.add_stages_inspection_hook
+    turing.install()
+    assert knobs.runtime.add_stages_inspection_hook is hook
+    key, _ = hook()
+    assert "key" in key
+    stages = {"ttir": None, "ttgir": "stock"}
+    hook("backend", stages, None, None, 80)
+    assert stages["ttgir"] == "stock"
+    hook("backend", stages, None, None, 75)
+    assert stages["ttgir"] != "stock"
+    assert len(seen) == 3
+
+
+class Probe:
+    """Stands for the compiled probe: what it leaves in C, and its code."""
+
+    def __init__(self, ptx: str, error: float) -> None:
+        self.asm, self.error = {"ptx": ptx}, error
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> "Probe":
+            c.copy_(a.float() @ b.float().T + self.error)
+            return self
+
+        return launch
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        (Probe("mma.sync.aligned.m16n8k8.row.col", 0), None),
+        (Probe("mma.sync.aligned.m16n8k8.row.col", 1), "came out wrong"),
+        (Probe("fma.rn.f32", 0), "does not use the tensor cores"),
+        (None, "does not compile for 7.5"),
+    ],
+)
+def test_the_lowering_is_believed_only_when_it_works(
+    probe: Probe | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    from tinylm.kernels import turing
+
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", None)
+    monkeypatch.setattr(turing, "tinylm_turing_probe", probe)
+    turing._verified.cache_clear()
+    refusal = turing.refusal(torch.device("cpu"))
+    turing._verified.cache_clear()
+    assert refusal is None if reason is None else reason in (refusal or "")

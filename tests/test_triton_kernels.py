@@ -1,0 +1,50 @@
+"""Runs `triton_suite.py` where Triton can run: in its interpreter, and on a GPU if there is one.
+
+Each in a process of its own: the interpreter is chosen for good when a kernel is imported.
+"""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+SUITE = Path(__file__).with_name("triton_suite.py")
+
+
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+
+
+def run_suite(**environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", SUITE]
+    done = subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, cwd=SUITE.parents[1]
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_in_the_interpreter() -> None:
+    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 needs numpy before 2.4")
+    run_suite(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu() -> None:
+    # The second is what cuBLAS wants, where the references ask torch for repeatable results.
+    run_suite(TRITON_INTERPRET="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+
+
+def test_triton_is_imported_only_where_it_is_chosen() -> None:
+    code = "import sys, tinylm.kernels; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,416 @@
+"""The Triton kernels against fp64 references: outputs, gradients, odd shapes, repeats.
+
+`test_triton_kernels.py` runs this file in a process of its own: in Triton's interpreter, which has
+to be chosen before the kernels are imported, and on a GPU where there is one.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from tinylm import kernels
+from tinylm.config import TrainConfig
+from tinylm.kernels import dispatch
+from tinylm.model import Transformer
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+# Largest error relative to the largest value, by dtype of the inputs.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+    DTYPES.append(torch.bfloat16)  # the interpreter computes it wrongly
+LENGTHS = [1, 7, 31, 33, 63, 100]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_and_never_falling_back(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Every new tensor holds NaN until it is written, and only Triton kernels may run."""
+    dispatch._fall_back.cache_clear()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    refused = [r.getMessage() for r in caplog.records if r.name == "tinylm"]
+    assert not refused
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def among_nan(x: Tensor) -> Tensor:
+    """``x`` as a view whose neighbours in memory are NaN, so that reading too far shows."""
+    buffer = x.new_full([n + 3 for n in x.shape[:-1]] + [2 * x.shape[-1]], float("nan"))
+    view = buffer[tuple(slice(0, n) for n in x.shape)]
+    view.copy_(x)
+    return view.requires_grad_()
+
+
+def fp64(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in tensors]
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:
+    assert actual.shape == expected.shape, name
+    assert actual.isfinite().all(), name
+    error = (actual.double() - expected).abs().max().item()
+    scale = expected.abs().max().clamp(min=1.0).item()
+    assert error <= TOLERANCE[dtype] * scale, f"{name}: error {error:.3g}, scale {scale:.3g}"
+
+
+def assert_same_gradients(
+    out: Tensor, inputs: list[Tensor], expected: Tensor, inputs64: list[Tensor]
+) -> None:
+    """Also that they are the same, bit for bit, a second time."""
+    dout = randn(*out.shape, dtype=out.dtype, seed=99)
+    actual = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    again = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    wanted = torch.autograd.grad(expected, inputs64, dout.double(), retain_graph=True)
+    for i, (a, b, w) in enumerate(zip(actual, again, wanted, strict=True)):
+        assert torch.equal(a, b), f"gradient {i} differs when repeated"
+        assert a.dtype == inputs[i].dtype
+        assert_close(a, w, inputs[i].dtype, f"gradient {i}")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+    out = kernels.causal_attention(q, k, v, backend="triton", **options)
+    qkv64 = fp64(q, k, v)
+    expected = kernels.causal_attention(*qkv64, backend="matmul", **options)
+    assert out.dtype == q.dtype
+    assert_close(out, expected, q.dtype, "out")
+    again = kernels.causal_attention(q, k, v, backend="triton", **options)
+    assert torch.equal(out, again)
+    assert_same_gradients(out, [q, k, v], expected, qkv64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention(length: int, dtype: torch.dtype) -> None:
+    check_attention(*(among_nan(randn(1, 2, length, 16, dtype=dtype, seed=i)) for i in range(3)))
+
+
+@pytest.mark.parametrize("head_dim", [24, 32, 64, 128])
+@pytest.mark.parametrize("length", [20, 70])
+def test_attention_of_other_head_dimensions(length: int, head_dim: int) -> None:
+    shape = 1, 2, length, head_dim
+    check_attention(*(among_nan(randn(*shape, dtype=torch.float16, seed=i)) for i in range(3)))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 40), (5, 33), (31, 63), (40, 100)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_the_last_queries(causal: bool, queries: int, keys: int) -> None:
+    q = among_nan(randn(2, 2, queries, 16))
+    k, v = (among_nan(randn(2, 2, keys, 16, seed=i)) for i in (1, 2))
+    check_attention(q, k, v, causal=causal, scale=0.3)
+
+
+@pytest.mark.parametrize("length", [9, 70])
+def test_attention_with_fewer_key_heads(length: int) -> None:
+    q = among_nan(randn(2, 6, length, 16))
+    k, v = (among_nan(randn(2, 2, length, 16, seed=i)) for i in (1, 2))
+    check_attention(q, k, v)
+
+
+@pytest.mark.parametrize("length", [12, 40])
+def test_attention_of_packed_projections(length: int) -> None:
+    """As the model calls it: views of one matrix product, and gradients back into it."""
+    packed = randn(2, length, 6, 16).requires_grad_()
+    packed64 = fp64(packed)[0]
+    views = (x.transpose(1, 2) for x in packed.split([2, 2, 2], dim=2))
+    views64 = (x.transpose(1, 2) for x in packed64.split([2, 2, 2], dim=2))
+    out = kernels.causal_attention(*views, backend="triton")
+    assert out.transpose(1, 2).is_contiguous()  # the next projection reads it without a copy
+    expected = kernels.causal_attention(*views64, backend="matmul")
+    assert_same_gradients(out, [packed], expected, [packed64])
+    # A gradient with stride 0 everywhere, as that of a sum.
+    assert_close(
+        torch.autograd.grad(out.sum(), packed)[0],
+        torch.autograd.grad(expected.sum(), packed64)[0],
+        torch.float32,
+        "gradient of the sum",
+    )
+
+
+@pytest.mark.parametrize("length", [12, 40])
+def test_no_gradient_flows_from_a_position_to_later_inputs(length: int) -> None:
+    q, k, v = (randn(1, 1, length, 16, seed=i).requires_grad_() for i in range(3))
+    out = kernels.causal_attention(q, k, v, backend="triton")
+    for t in range(0, length, 5):
+        dq, dk, dv = torch.autograd.grad(out[:, :, t].sum(), (q, k, v), retain_graph=True)
+        assert (dk[:, :, t + 1 :] == 0).all()
+        assert (dv[:, :, t + 1 :] == 0).all()
+        assert (dv[:, :, : t + 1] != 0).all()
+        assert (dq[:, :, t + 1 :] == 0).all()
+        assert (dq[:, :, :t] == 0).all()
+
+
+def test_attention_survives_large_scores() -> None:
+    q, k, v = (among_nan(randn(1, 1, 40, 16, seed=i) * s) for i, s in enumerate((100, 100, 1)))
+    out = kernels.causal_attention(q, k, v, backend="triton")
+    assert_close(
+        out, kernels.causal_attention(*fp64(q, k, v), backend="matmul"), torch.float32, "out"
+    )
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 33, 100])
+@pytest.mark.parametrize("width", [1, 31, 128])
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm(rms: bool, residual: bool, width: int, rows: int, dtype: torch.dtype) -> None:
+    x, other = (among_nan(randn(rows, width, dtype=dtype, seed=i)) for i in range(2))
+    weight, bias = (among_nan(randn(width, seed=i)) for i in (2, 3))  # master weights in fp32
+    options = {"residual": other} if residual else {}
+    # The kernel normalises the sum as it is stored; so must the reference.
+    total = (x + other).detach() if residual else x
+    inputs64 = fp64(total, weight, *([] if rms else [bias]))
+    if rms:
+        result = kernels.rms_norm(x, weight, backend="triton", **options)
+        expected = kernels.rms_norm(*inputs64)
+    else:
+        result = kernels.layer_norm(x, weight, bias, backend="triton", **options)
+        expected = kernels.layer_norm(*inputs64, backend="reference")
+    out, summed = result if residual else (result, x)
+    assert torch.equal(summed, total)
+    assert out.dtype == dtype
+    assert_close(out, expected, dtype, "out")
+    inputs = [x, weight] + ([] if rms else [bias])
+    both, both64 = out, expected
+    if residual:  # a gradient arrives through the sum too
+        both, both64 = torch.stack((out, summed)), torch.stack((expected, inputs64[0]))
+    if width == 1 and not rms:
+        return  # the gradient is 0 and only rounding is left
+    weights = randn(*both.shape, seed=99).to(dtype)
+    actual = torch.autograd.grad(both, inputs, weights, retain_graph=True)
+    again = torch.autograd.grad(both, inputs, weights, retain_graph=True)
+    wanted = torch.autograd.grad(both64, inputs64, weights.double())
+    for i, (a, b, w) in enumerate(zip(actual, again, wanted, strict=True)):
+        assert torch.equal(a, b)
+        assert_close(a, w, dtype, f"gradient {i}")
+    if residual:
+        assert torch.equal(torch.autograd.grad(both, [other], weights)[0], actual[0])
+
+
+def test_norm_of_head_vectors_and_of_one_row() -> None:
+    """What QK-norm passes (a transposed view), and a single vector."""
+    x = randn(2, 5, 6, 16)[:, :, 1:3].transpose(1, 2).requires_grad_()
+    weight = randn(16, seed=1).requires_grad_()
+    inputs64 = fp64(x, weight)
+    out = kernels.rms_norm(x, weight, backend="triton")
+    expected = kernels.rms_norm(*inputs64)
+    assert_close(out, expected, torch.float32, "out")
+    assert_same_gradients(out, [x, weight], expected, inputs64)
+    one = kernels.rms_norm(x[0, 0, 0], weight, backend="triton")
+    assert_close(one, expected[0, 0, 0], torch.float32, "one row")
+
+
+def test_norm_of_mixed_dtypes() -> None:
+    x, other = randn(9, 32, dtype=torch.float16), randn(9, 32, seed=1)
+    weight = randn(32, seed=2)
+    out, total = kernels.rms_norm(x, weight, residual=other, backend="triton")
+    assert out.dtype == total.dtype == torch.float32
+    assert torch.equal(total, x + other)
+    assert_close(out, kernels.rms_norm(total.double(), weight.double()), torch.float32, "out")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 31, 100])
+def test_linear_cross_entropy(rows: int, with_bias: bool, dtype: torch.dtype) -> None:
+    h = among_nan(randn(rows, 24, seed=1).div(4).to(dtype))
+    weight = among_nan(randn(97, 24, dtype=dtype, seed=2))
+    bias = among_nan(randn(97, dtype=dtype, seed=3)) if with_bias else None
+    targets = (torch.arange(rows) * 7 % 97).to(DEVICE)
+    targets[1::5] = -100
+    inputs = [h, weight] + ([] if bias is None else [bias])
+    inputs64 = fp64(*inputs)
+    expected = F.cross_entropy(F.linear(*inputs64), targets) * 1000  # as if by a loss scale
+    loss = kernels.linear_cross_entropy(h, weight, targets, bias, backend="triton") * 1000
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected, dtype, "loss")
+    actual = torch.autograd.grad(loss, inputs, retain_graph=True)
+    again = torch.autograd.grad(loss, inputs)
+    wanted = torch.autograd.grad(expected, inputs64)
+    for i, (a, b, w) in enumerate(zip(actual, again, wanted, strict=True)):
+        assert torch.equal(a, b)
+        assert a.dtype == dtype
+        assert_close(a, w, dtype, f"gradient {i}")
+
+
+def test_linear_cross_entropy_without_a_loss_scale_does_not_underflow() -> None:
+    """A probability over a million rows is 0 in fp16."""
+    h, weight = randn(100, 16, dtype=torch.float16), randn(97, 16, seed=1).requires_grad_()
+    targets = torch.arange(100, device=DEVICE) % 97
+    h64, weight64 = fp64(h, weight)
+    loss = kernels.linear_cross_entropy(h, weight, targets, backend="triton")
+    (dweight,) = torch.autograd.grad(loss / 1e6, weight)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(h64 @ weight64.T, targets), weight64)
+    assert dweight.dtype == torch.float32
+    assert_close(dweight * 1e6, wanted, torch.float16, "dweight")
+
+
+def test_linear_cross_entropy_of_what_counts_nowhere_and_of_targets_out_of_range() -> None:
+    h, weight = randn(5, 16).requires_grad_(), randn(20, 16, seed=1).requires_grad_()
+
+    def loss(*targets: int) -> Tensor:
+        ids = torch.tensor(targets, device=DEVICE)
+        return kernels.linear_cross_entropy(h, weight, ids, backend="triton", ignore_index=7)
+
+    assert loss(7, 7, 7, 7, 7).isnan()  # as in torch: a mean over nothing
+    assert loss(1, 2, 3, 4, 20).isnan()
+    assert loss(1, 2, 3, 4, -1).isnan()
+    for gradient in torch.autograd.grad(loss(7, 1, 7, 7, 2), (h, weight)):
+        assert gradient.isfinite().all()
+
+
+def test_operators_under_autocast_and_with_gradients_for_some_inputs_only() -> None:
+    if DEVICE == "cpu":
+        pytest.skip("autocast on the CPU means bf16, which the interpreter computes wrongly")
+    h, weight = randn(40, 32).requires_grad_(), randn(97, 32, seed=1).requires_grad_()
+    with torch.autocast("cuda", torch.float16):
+        loss = kernels.linear_cross_entropy(
+            h, weight, torch.arange(40, device=DEVICE), backend="triton"
+        )
+        out = kernels.causal_attention(*[h.view(1, 1, 40, 32)] * 3, backend="triton")
+    assert loss.dtype == torch.float32
+    assert out.dtype == torch.float16
+    for gradient in torch.autograd.grad(loss, (h, weight)):
+        assert gradient.dtype == torch.float32
+
+
+def test_gradients_of_some_inputs_only() -> None:
+    h, weight = randn(9, 16), randn(20, 16, seed=1)
+    targets = torch.arange(9, device=DEVICE)
+    for chosen in (h, weight):
+        chosen.requires_grad_()
+        kernels.linear_cross_entropy(h, weight, targets, backend="triton").backward()
+        assert chosen.grad is not None
+        chosen.requires_grad_(False)
+    q, k, v = (randn(1, 1, 9, 16, seed=i) for i in range(3))
+    kernels.causal_attention(q, k.requires_grad_(), v, backend="triton").sum().backward()
+    assert k.grad is not None
+    assert q.grad is None
+
+
+def _operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    from tinylm.kernels.triton import attention, linear_cross_entropy, norm
+
+    q, k, v = (randn(1, 2, 5, 16, seed=i).requires_grad_() for i in range(3))
+    out, lse = attention.attention_forward(q, k, v, 0.25, True)
+    yield attention.attention_forward, (q, k, v, 0.25, True)
+    dout = randn(1, 5, 2, 16)
+    saved = tuple(x.detach() for x in (q, k, v, out, lse))
+    yield attention.attention_backward, (dout, *saved, 0.25, True)
+    x, r = (randn(5, 16, seed=i).requires_grad_() for i in range(2))
+    w, b = (randn(16, seed=i).requires_grad_() for i in (2, 3))
+    for residual, bias, rms in itertools.product((None, r), (None, b), (False, True)):
+        if not (rms and bias is not None):
+            yield norm.norm_forward, (x, residual, w, bias, 1e-5, rms)
+    _, _, mean, rstd = (t.detach() for t in norm.norm_forward(x, None, w, b, 1e-5, False))
+    plain = tuple(t.detach() for t in (x, w))
+    yield norm.norm_backward, (randn(5, 16), None, *plain, mean, rstd, False)
+    head, bias_v = randn(7, 16).requires_grad_(), randn(7).requires_grad_()
+    targets = torch.tensor([0, 3, -100, 6, 1], device=DEVICE)
+    call = (x, head, bias_v, targets, -100, torch.float32, True)
+    yield linear_cross_entropy.linear_cross_entropy_forward, call
+    _, lse, _ = (t.detach() for t in linear_cross_entropy.linear_cross_entropy_forward(*call))
+    detached = tuple(t.detach() for t in (x, head, bias_v))
+    yield (
+        linear_cross_entropy.linear_cross_entropy_backward_weight,
+        (torch.ones(5, device=DEVICE), *detached, targets, lse, -100, torch.float32),
+    )
+
+
+def test_operators_are_registered_as_torch_wants_them() -> None:
+    # Autograd through the dynamic shapes of AOT is what takes opcheck's time; the model is static.
+    torch.use_deterministic_algorithms(False)  # opcheck compares what is never written, too
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for operator, arguments in _operator_calls():
+        torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+def _tiny_model(preset: str) -> tuple[Transformer, Tensor, Tensor]:
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 32, "n_heads": 2, "d_ff": 48}
+    if preset == "modern":
+        sizes |= {"n_layers": 2, "n_kv_heads": 1}
+    config = replace(TrainConfig.from_preset(preset).model, max_seq_len=16, **sizes)
+    ids = torch.randint(50, (3, 13), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return Transformer(config).to(DEVICE), ids[:, :-1], ids[:, 1:]
+
+
+def _train(preset: str, setting: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], Any]:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, setting)
+    dispatch.select.cache_clear()
+    torch.use_deterministic_algorithms(False)
+    model, ids, targets = _tiny_model(preset)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(4):
+        loss = model.loss(ids, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    dispatch.select.cache_clear()
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("preset", ["modern", "causal", "notebook"])
+def test_training_equals_training_on_the_references(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, weights = _train(preset, "triton", monkeypatch)
+    wanted_losses, wanted_weights = _train(preset, "reference", monkeypatch)
+    assert losses[-1] < losses[0] - 0.05
+    assert losses == pytest.approx(wanted_losses, rel=1e-5)
+    for name, weight in weights.items():
+        assert_close(weight, wanted_weights[name].double(), torch.float32, name)
+
+
+def test_refused_calls_run_in_torch_and_say_why_once(caplog: pytest.LogCaptureFixture) -> None:
+    q = randn(1, 1, 4, 256)
+    with caplog.at_level(logging.WARNING, "tinylm"):
+        for _ in range(2):
+            out = kernels.causal_attention(q, q, q, backend="triton")
+    assert torch.equal(out, kernels.causal_attention(q, q, q, backend=_torch_attention()))
+    (record,) = caplog.records
+    assert "head dimension 256 is above 64 (torch.float32)" in record.getMessage()
+    assert kernels.rms_norm(randn(0, 16), randn(16), backend="triton").shape == (0, 16)
+    x = randn(4, 16).double()
+    assert kernels.layer_norm(x, x[0], backend="triton").dtype == torch.float64
+    ones = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    kernels.linear_cross_entropy(randn(4, 300), randn(9, 300), ones, backend="triton")
+    assert len(caplog.records) == 4
+    caplog.clear()
+
+
+def _torch_attention() -> str:
+    return "matmul" if DEVICE == "cpu" else "sdpa"
+
+
+def test_operators_compile_without_a_break() -> None:
+    x = randn(2, 2, 5, 16).requires_grad_()
+    weight, head = randn(16, seed=1).requires_grad_(), randn(9, 16, seed=2).requires_grad_()
+    targets = torch.arange(20, device=DEVICE) % 9
+
+    def step(x: Tensor, weight: Tensor, head: Tensor) -> Tensor:
+        h = kernels.rms_norm(x, weight, backend="triton")
+        h = kernels.causal_attention(h, h, h, backend="triton")
+        return kernels.linear_cross_entropy(h.reshape(20, 16), head, targets, backend="triton")
+
+    inputs = x, weight, head
+    expected = torch.autograd.grad(step(*inputs), inputs)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
+        assert torch.equal(a, b)
