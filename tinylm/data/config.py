@@ -35,9 +35,7 @@ class DataConfig:
         "strict", "strict stops at text that is not valid Unicode, replace puts U+FFFD there"
     )
     tokenizer: str = option("bpe", "bpe or word to train one, or the path of a tokenizer.json")
-    vocab_size: int | None = option(
-        None, "entries of the vocabulary to train; 10,000 if unset"
-    )
+    vocab_size: int | None = option(None, "entries of the vocabulary to train; 10,000 if unset")
     valid_fraction: float = option(0.05, "share of the documents held out for validation")
     # False makes each split one stream with a single <EOS> at its very end, as the notebook did.
     document_eos: bool = True
