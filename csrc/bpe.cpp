@@ -164,7 +164,7 @@ void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<Token
     scratch.prefixed.assign(1, ' ').append(text);
     text = scratch.prefixed;
   }
-  for_each_piece(SplitPattern::kGpt2, text,
+  for_each_piece(options_.pattern, text,
                  [&](std::string_view piece) { encode_piece(piece, scratch, ids); });
 }
 

@@ -22,6 +22,7 @@ struct BpeMerge {
 };
 
 struct BpeOptions {
+  SplitPattern pattern = SplitPattern::kGpt2;
   // A piece that is a whole token is that token, whether or not merges lead to it.
   bool ignore_merges = false;
   // Text that does not start with a space is read as if it did.

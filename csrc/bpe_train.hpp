@@ -50,7 +50,7 @@ class PieceCounter {
 // run at once hold `lock` around what they do.
 class BpeCounter {
  public:
-  explicit BpeCounter(SplitPattern pattern = SplitPattern::kGpt2) : pattern_(pattern) {}
+  explicit BpeCounter(SplitPattern pattern) : pattern_(pattern) {}
 
   [[nodiscard]] std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
 

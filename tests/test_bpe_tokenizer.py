@@ -6,71 +6,27 @@ import os
 import pickle
 import random
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
-import regex
 import tokenizers
+from bpe_texts import FRAGMENTS, awkward, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinylm.errors import InputError
-from tinylm.tokenizer import bpe_reference, unicode_classes
+from tinylm.tokenizer import bpe_reference
 from tinylm.tokenizer.backend import compiled
 from tinylm.tokenizer.bpe import BPETokenizer
-from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, EOS, BPEVocabulary, to_alphabet
+from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, EOS, BPEVocabulary
 
 C = compiled()
 needs_extension = pytest.mark.skipif(C is None, reason="the compiled extension is not in use")
 
-# As published with GPT-2.
-PUBLISHED = regex.compile(
-    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-)
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-# Fragments that make the pattern's alternatives compete.
-FRAGMENTS = [
-    *" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u180e\u200b\ufeff",
-    *("  ", "   ", "\r\n", "\n\n", " \n", "\n ", "\t\t "),
-    *("'s", "'S", "'t", "'re", "'ve", "'m", "'ll", "'d", "'l", "'r", "'", "''", "’s", "n't"),
-    *"aZéßſıİΣςあ漢가اनͅ\u0301\u0308\u200d\U0001d400\U00020000\U00031350",
-    *"019²½Ⅷ٣०㊿\U0001d7d8\U00010107",
-    *("word", "the", "Hello", "don't", "12345", "...", "!?", "--", "==", "_", "<|endoftext|>"),
-    *"\x00\x01\x7f\u00ad\ufffd\uffff\ue000\U0010ffff\U0001f600\U0001f468\u200d\ufe0f",
-]
-awkward = st.one_of(
-    st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join),
-    st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=30),
-    st.text(alphabet=" a'1\n.é", max_size=40),
-)
-
-
-def prose(seed, size=4000):
-    """Made-up text with few distinct words, so that pairs are frequent and many counts tie."""
-    rng = random.Random(seed)
-    syllables = [
-        "ka",
-        "to",
-        "mi",
-        "re",
-        "é",
-        "漢字",
-        "sch",
-        "ing",
-        "a",
-        "aa",
-        "12",
-        "'s",
-        "-",
-        "\n",
-    ]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(150)]
-    return " ".join(rng.choices(words, weights=range(150, 0, -1), k=size))
 
 
 def reference_of(tokenizer):
@@ -82,6 +38,7 @@ def reference_of(tokenizer):
         special_ids=vocabulary.special_ids,
         ignore_merges=vocabulary.ignore_merges,
         add_prefix_space=vocabulary.add_prefix_space,
+        pattern=vocabulary.pattern,
     )
 
 
@@ -131,109 +88,6 @@ def file(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hf(file):
     return load_in_hf(file)
-
-
-# Splitting
-
-
-SPLITTERS = [pytest.param(bpe_reference.pretokenize, id="python")]
-if C is not None:
-    SPLITTERS.append(pytest.param(C.bpe_pretokenize, id="c++"))
-
-
-@pytest.mark.parametrize("split", SPLITTERS)
-@given(text=awkward)
-@settings(max_examples=400)
-def test_pieces_are_those_of_the_published_pattern(split, text):
-    assert split(text) == PUBLISHED.findall(text)
-
-
-@pytest.mark.parametrize("split", SPLITTERS)
-@given(text=awkward)
-@settings(max_examples=200)
-def test_pieces_are_those_of_tokenizers(split, text):
-    expected = [piece for piece, _ in BYTE_LEVEL.pre_tokenize_str(text)]
-    assert [to_alphabet(piece.encode()) for piece in split(text)] == expected
-
-
-@pytest.mark.parametrize("split", SPLITTERS)
-@pytest.mark.parametrize(
-    ("text", "pieces"),
-    [
-        ("", []),
-        ("   ", ["   "]),
-        ("  a", [" ", " a"]),
-        (" \na", [" ", "\n", "a"]),
-        ("a \n\n b", ["a", " \n\n", " b"]),
-        ("it's I'LL", ["it", "'s", " I", "'", "LL"]),
-        ("'tis ''s", ["'t", "is", " ''", "s"]),
-        ("x\u3000\u3000y", ["x", "\u3000", "\u3000", "y"]),
-        ("1a²", ["1", "a", "²"]),
-        ("e\u0301", ["e", "\u0301"]),
-    ],
-)
-def test_known_pieces(split, text, pieces):
-    assert split(text) == pieces
-
-
-def class_letters(ranges):
-    return {
-        chr(code)
-        for item in ranges.split()
-        for first, last in [item.split("-")]
-        for code in range(int(first, 16), int(last, 16) + 1)
-    }
-
-
-CLASSES = {
-    "L": class_letters(unicode_classes.LETTER),
-    "N": class_letters(unicode_classes.NUMBER),
-    "s": class_letters(unicode_classes.SPACE),
-}
-
-
-def class_of(char):
-    return next((name for name, chars in CLASSES.items() if char in chars), "other")
-
-
-def all_characters():
-    return (chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
-
-
-def probed_class(split, char):
-    """The class that ``split`` gives ``char``, seen from which neighbours it joins."""
-    probes = {"L": f"a{char}a", "N": f"1{char}1", "other": f"!{char}!"}
-    return next((name for name, text in probes.items() if len(split(text)) == 1), "s")
-
-
-@needs_extension
-def test_compiled_classes_are_those_of_the_specification_for_all_characters():
-    assert C.bpe_unicode_version == unicode_classes.UNICODE_VERSION
-    wrong = [c for c in all_characters() if probed_class(C.bpe_pretokenize, c) != class_of(c)]
-    assert wrong == []
-
-
-def test_classes_differ_from_the_regex_packages_only_where_its_unicode_is_newer():
-    patterns = {
-        "L": regex.compile(r"\p{L}"),
-        "N": regex.compile(r"\p{N}"),
-        "s": regex.compile(r"\s"),
-    }
-    text = "".join(all_characters())
-    for name, pattern in patterns.items():
-        theirs = set(pattern.findall(text))
-        assert CLASSES[name] <= theirs
-        assert all(class_of(c) == "other" for c in theirs - CLASSES[name])
-
-
-@pytest.mark.slow
-def test_classes_are_those_of_tokenizers_for_all_characters():
-    def split(text):
-        return BYTE_LEVEL.pre_tokenize_str(text)
-
-    if probed_class(split, "\u1c89") != "L" or probed_class(split, "\U00010940") != "other":
-        pytest.skip(f"tokenizers {tokenizers.__version__} does not have Unicode 16.0")
-    assert [c for c in all_characters() if probed_class(split, c) != class_of(c)] == []
 
 
 # Encoding and decoding
@@ -394,7 +248,7 @@ def test_ties_and_overlaps_are_merged_as_in_tokenizers(text):
 @given(texts=st.lists(awkward, min_size=1, max_size=6))
 @settings(max_examples=60)
 def test_the_compiled_counter_is_the_specification(texts):
-    counters = C.BPECounter(), bpe_reference.BPECounter()
+    counters = C.BPECounter("gpt2"), bpe_reference.BPECounter("gpt2")
     for counter in counters:
         counter.add(texts, False, 2)
     (pieces, counts), (expected_pieces, expected_counts) = (counter.items() for counter in counters)

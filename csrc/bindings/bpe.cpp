@@ -89,6 +89,15 @@ class TextBatch {
   std::vector<SourceText> views_;
 };
 
+SplitPattern to_pattern(const std::string& name) {
+  if (name == "gpt2") return SplitPattern::kGpt2;
+  if (name == "cl100k") return SplitPattern::kCl100k;
+  if (name == "cl100k_tiktoken") return SplitPattern::kCl100kTiktoken;
+  if (name == "o200k") return SplitPattern::kO200k;
+  if (name == "whitespace") return SplitPattern::kWhitespace;
+  throw py::value_error("unknown pattern " + name);
+}
+
 std::array<TokenId, 256> to_byte_ids(const std::vector<TokenId>& ids) {
   if (ids.size() != 256) throw py::value_error("byte_ids must have 256 entries");
   std::array<TokenId, 256> array;
@@ -121,7 +130,7 @@ MergeArray to_array(const std::vector<BpeMerge>& merges) {
 std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const MergeArray& merges,
                                      const std::vector<TokenId>& byte_ids,
                                      const std::vector<TokenId>& special_ids, bool ignore_merges,
-                                     bool add_prefix_space) {
+                                     bool add_prefix_space, const std::string& pattern) {
   const std::vector<BpeMerge> merge_list = to_merges(merges);
   const auto check = [&](TokenId id) {
     if (id >= tokens.size()) throw py::value_error("an id is not below the number of tokens");
@@ -133,9 +142,9 @@ std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const
   }
   std::for_each(byte_ids.begin(), byte_ids.end(), check);
   std::for_each(special_ids.begin(), special_ids.end(), check);
-  return std::make_unique<BpeModel>(std::vector<std::string>(tokens.begin(), tokens.end()),
-                                    merge_list, to_byte_ids(byte_ids), special_ids,
-                                    BpeOptions{ignore_merges, add_prefix_space});
+  return std::make_unique<BpeModel>(
+      std::vector<std::string>(tokens.begin(), tokens.end()), merge_list, to_byte_ids(byte_ids),
+      special_ids, BpeOptions{to_pattern(pattern), ignore_merges, add_prefix_space});
 }
 
 py::list encode(const BpeModel& model, const py::str& text, bool replace) {
@@ -298,12 +307,12 @@ MergeArray train(BpeCounter& counter, const std::vector<TokenId>& byte_ids, Toke
   return to_array(merges);
 }
 
-py::list pretokenize(const py::str& text) {
+py::list pretokenize(const py::str& text, const std::string& pattern) {
   const TextBatch batch(py::make_tuple(text));
   batch.refuse_surrogates();
   std::string buffer;
   py::list pieces;
-  for_each_piece(SplitPattern::kGpt2, to_utf8(batch[0], buffer), [&](std::string_view piece) {
+  for_each_piece(to_pattern(pattern), to_utf8(batch[0], buffer), [&](std::string_view piece) {
     pieces.append(py::str(piece.data(), piece.size()));
   });
   return pieces;
@@ -313,12 +322,12 @@ py::list pretokenize(const py::str& text) {
 
 void bind_bpe(py::module_& m) {
   m.attr("bpe_unicode_version") = kClassesUnicodeVersion;
-  m.def("bpe_pretokenize", &pretokenize, py::arg("text"));
+  m.def("bpe_pretokenize", &pretokenize, py::arg("text"), py::arg("pattern"));
 
   py::class_<BpeModel>(m, "BPEModel")
       .def(py::init(&make_model), py::kw_only(), py::arg("tokens"), py::arg("merges"),
            py::arg("byte_ids"), py::arg("special_ids"), py::arg("ignore_merges"),
-           py::arg("add_prefix_space"))
+           py::arg("add_prefix_space"), py::arg("pattern"))
       .def("encode", &encode, py::arg("text"), py::arg("replace"))
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("eos_id"), py::arg("replace"),
            py::arg("threads"))
@@ -326,7 +335,10 @@ void bind_bpe(py::module_& m) {
       .def("decode", &decode, py::arg("ids"));
 
   py::class_<BpeCounter>(m, "BPECounter")
-      .def(py::init<>())
+      .def(py::init([](const std::string& pattern) {
+             return std::make_unique<BpeCounter>(to_pattern(pattern));
+           }),
+           py::arg("pattern"))
       .def("add", &count, py::arg("texts"), py::arg("replace"), py::arg("threads"))
       .def("__len__",
            [](BpeCounter& counter) {

@@ -20,6 +20,7 @@ from tinylm.tokenizer.bpe_json import (
     read_vocabulary,
     write_vocabulary,
 )
+from tinylm.tokenizer.split_patterns import check_pattern
 
 Errors = Literal["strict", "replace"]
 
@@ -48,11 +49,13 @@ class PieceCounter(Protocol):
 class BPECounter:
     """Counts what BPE learns from, batch by batch; keeps no text, only its distinct pieces."""
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: str = "gpt2") -> None:
+        """``pattern`` says how texts are split into pieces: see `BPETokenizer`."""
+        check_pattern(pattern)
+        self.pattern = pattern
         module = compiled()
-        self._counter: PieceCounter = (
-            bpe_reference.BPECounter() if module is None else module.BPECounter()
-        )
+        counter = bpe_reference.BPECounter if module is None else module.BPECounter
+        self._counter: PieceCounter = counter(pattern)
 
     def add(
         self, texts: Sequence[str], threads: int | None = None, errors: Errors = "strict"
@@ -114,10 +117,19 @@ class StreamDecoder:
 class BPETokenizer:
     """Maps pieces of words to ids; every text has ids, and they decode to exactly that text.
 
-    Text is split by GPT-2's pattern (letters, numbers and white space as in Unicode 16.0,
-    whatever Python runs) and merged within the pieces. The special token ``<|endoftext|>``
-    ends a text; no text becomes a special token by containing its name. Tokenizers never
-    change, can be pickled, and may be used by several threads at once.
+    Text is split by a pattern (letters, numbers and white space as in Unicode 16.0, whatever
+    Python runs) and merged within the pieces. The special token ``<|endoftext|>`` ends a text;
+    no text becomes a special token by containing its name. Tokenizers never change, can be
+    pickled, and may be used by several threads at once.
+
+    The patterns, in full in `tinylm.tokenizer.split_patterns`:
+
+    - ``gpt2``: words, numbers and runs of punctuation, each with the space before it.
+    - ``cl100k``: GPT-4's. Numbers in groups of three digits, newlines with the punctuation
+      before them. ``cl100k_tiktoken`` is the same but for white space at the end of a text,
+      which tiktoken leaves whole where `tokenizers` ends a piece at the last newline.
+    - ``o200k``: GPT-4o's. Words also end where a capital follows lower-case letters.
+    - ``whitespace``: whatever stands between white space, with the space before it.
     """
 
     kind = "bpe"
@@ -137,6 +149,7 @@ class BPETokenizer:
             special_ids=list(vocabulary.special_ids),
             ignore_merges=vocabulary.ignore_merges,
             add_prefix_space=vocabulary.add_prefix_space,
+            pattern=vocabulary.pattern,
         )
 
     def __reduce__(self) -> tuple[type["BPETokenizer"], tuple[BPEVocabulary]]:
@@ -150,6 +163,7 @@ class BPETokenizer:
         min_frequency: int = 2,
         threads: int | None = None,
         errors: Errors = "strict",
+        pattern: str = "gpt2",
     ) -> "BPETokenizer":
         """A tokenizer with at most ``vocab_size`` tokens, learnt from ``texts``.
 
@@ -159,20 +173,21 @@ class BPETokenizer:
         are read once and not kept. Too few of them give a smaller vocabulary.
 
         Raises:
-            InputError: ``vocab_size`` is below 257, the texts are empty, or one has a lone
-                surrogate and ``errors`` is not ``"replace"``, which reads it as U+FFFD.
+            InputError: ``vocab_size`` is below 257, ``pattern`` is unknown, the texts are empty,
+                or one has a lone surrogate and ``errors`` is not ``"replace"``, which reads it
+                as U+FFFD.
         """
         _check_training(vocab_size, min_frequency)
         check_texts(texts)
-        counter = cls.counter()
+        counter = cls.counter(pattern)
         for batch in batches(texts):
             counter.add(batch, threads, errors)
         return cls.from_counter(counter, vocab_size, min_frequency)
 
     @staticmethod
-    def counter() -> BPECounter:
+    def counter(pattern: str = "gpt2") -> BPECounter:
         """A new counter, for texts that come in batches; then call `from_counter`."""
-        return BPECounter()
+        return BPECounter(pattern)
 
     @classmethod
     def from_counter(
@@ -188,7 +203,11 @@ class BPETokenizer:
         for left, right, result in merges[np.argsort(merges[:, 2], kind="stable")].tolist():
             if result == len(names):
                 names.append(names[left] + names[right])
-        return cls(BPEVocabulary(names=names, merges=merges, special_ids=[0], eos_id=0))
+        return cls(
+            BPEVocabulary(
+                names=names, merges=merges, special_ids=[0], eos_id=0, pattern=counter.pattern
+            )
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], eos_token: str = EOS) -> "BPETokenizer":

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tinylm.errors import InputError
 from tinylm.files import write_json
 from tinylm.tokenizer.hf_json import read_tokenizer_json
+from tinylm.tokenizer.split_patterns import PATTERNS, REGEX, pattern_of_regex
 
 EOS = "<|endoftext|>"
 
@@ -46,6 +47,8 @@ class BPEVocabulary:
     eos_id: int
     ignore_merges: bool = False
     add_prefix_space: bool = False
+    pattern: str = "gpt2"
+    """A name from `tinylm.tokenizer.split_patterns`."""
 
     def tokens(self) -> list[bytes]:
         """The bytes of each token, by id."""
@@ -83,6 +86,18 @@ def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) ->
         "trim_offsets": True,
         "use_regex": True,
     }
+    pre_tokenizer: dict[str, Any] = byte_level
+    if vocabulary.pattern != "gpt2":
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": REGEX[vocabulary.pattern]},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        pre_tokenizer = {
+            "type": "Sequence",
+            "pretokenizers": [split, byte_level | {"use_regex": False}],
+        }
     model = {
         "type": "BPE",
         "dropout": None,
@@ -103,7 +118,7 @@ def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) ->
             "padding": None,
             "added_tokens": added_tokens,
             "normalizer": None,
-            "pre_tokenizer": byte_level,
+            "pre_tokenizer": pre_tokenizer,
             "post_processor": None,
             "decoder": byte_level,
             "model": model,
@@ -130,7 +145,8 @@ class _Reader:
         self._model: dict[str, Any] = self._content["model"]
 
     def read(self, eos_token: str) -> BPEVocabulary:
-        add_prefix_space = self._check_pipeline()
+        self._check_pipeline()
+        pattern, add_prefix_space = self._splitting(self._content.get("pre_tokenizer"))
         self._check_model()
         specials = self._special_tokens()
         ids = self._ids(specials)
@@ -145,6 +161,7 @@ class _Reader:
             eos_id=specials[eos_token],
             ignore_merges=bool(self._model.get("ignore_merges")),
             add_prefix_space=add_prefix_space,
+            pattern=pattern,
         )
 
     def _fail(self, problem: str) -> NoReturn:
@@ -159,21 +176,53 @@ class _Reader:
         name = value.get("type", value) if isinstance(value, dict) else value
         self._fail(f"asks for {part} {json.dumps(name)}, which is not supported")
 
-    def _check_pipeline(self) -> bool:
-        """Refuses all steps around the model but ByteLevel; returns its ``add_prefix_space``."""
+    def _check_pipeline(self) -> None:
+        """Refuses all steps around splitting and the model but ByteLevel."""
         for part in ("normalizer", "truncation", "padding"):
             if self._content.get(part) is not None:
                 self._refuse(part, self._content[part])
-        for part in ("pre_tokenizer", "decoder", "post_processor"):
+        for part in ("decoder", "post_processor"):
             value = self._content.get(part)
             is_optional = part == "post_processor"
             if (value is None and is_optional) or _type_of(value) == "ByteLevel":
                 continue
             self._refuse(part, value)
-        pre_tokenizer = self._content["pre_tokenizer"]
-        if pre_tokenizer.get("use_regex", True) is not True:
-            self._fail("asks for pre_tokenizer ByteLevel with use_regex false: not supported")
-        return bool(pre_tokenizer.get("add_prefix_space", True))
+
+    def _splitting(self, pre_tokenizer: Any) -> tuple[str, bool]:
+        """The pattern and ``add_prefix_space``.
+
+        The pattern is ByteLevel's own, or that of a Split before a ByteLevel without one.
+        """
+        kind = _type_of(pre_tokenizer)
+        if kind == "ByteLevel":
+            if pre_tokenizer.get("use_regex", True) is not True:
+                self._fail("asks for pre_tokenizer ByteLevel with use_regex false: not supported")
+            return "gpt2", bool(pre_tokenizer.get("add_prefix_space", True))
+        if kind != "Sequence":
+            self._refuse("pre_tokenizer", pre_tokenizer)
+        steps = self._list(pre_tokenizer.get("pretokenizers"), "pre_tokenizer.pretokenizers")
+        if [_type_of(step) for step in steps] != ["Split", "ByteLevel"]:
+            names = " and ".join(str(_type_of(step)) for step in steps)
+            self._fail(f"asks for pre_tokenizer Sequence of {names}, which is not supported")
+        split, byte_level = steps
+        for key in ("use_regex", "add_prefix_space"):  # a second split; a space for every piece
+            if byte_level.get(key, True) is not False:
+                self._fail(f"asks for Split and ByteLevel with {key} true: not supported")
+        return self._pattern(split), False
+
+    def _pattern(self, split: dict[str, Any]) -> str:
+        # Every character is in a match, so keeping the matches is keeping all.
+        behavior = split.get("behavior"), bool(split.get("invert"))
+        if behavior not in (("Isolated", False), ("Removed", True)):
+            self._fail(f"asks for pre_tokenizer Split with {behavior[0]}: not supported")
+        regex = self._object(split.get("pattern"), "the pattern of Split").get("Regex")
+        pattern = pattern_of_regex(regex) if isinstance(regex, str) else None
+        if pattern is None:
+            self._fail(
+                f"splits by the pattern {json.dumps(split['pattern'])}, which is not supported; "
+                f"those of {', '.join(PATTERNS)} are"
+            )
+        return pattern
 
     def _check_model(self) -> None:
         if self._model["type"] != "BPE":
