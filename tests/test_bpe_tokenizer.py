@@ -22,6 +22,7 @@ from tinylm.tokenizer import bpe_reference
 from tinylm.tokenizer.backend import compiled
 from tinylm.tokenizer.bpe import BPETokenizer
 from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, EOS, BPEVocabulary
+from tinylm.tokenizer.split_patterns import PATTERNS, REGEX
 
 C = compiled()
 needs_extension = pytest.mark.skipif(C is None, reason="the compiled extension is not in use")
@@ -48,9 +49,13 @@ def load_in_hf(path):
     return other
 
 
-def train_in_hf(texts, vocab_size, min_frequency=2, **kwargs):
+def train_in_hf(texts, vocab_size, min_frequency=2, pattern="gpt2", **kwargs):
     other = tokenizers.Tokenizer(models.BPE(**kwargs))
     other.pre_tokenizer = BYTE_LEVEL
+    if pattern != "gpt2":
+        split = pre_tokenizers.Split(tokenizers.Regex(REGEX[pattern]), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        other.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     other.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -295,7 +300,77 @@ def test_ids_begin_with_the_special_token_and_the_bytes(tokenizer):
     assert tokenizer.vocab_size == len(tokenizer.vocab) == 500
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_merges_of_each_pattern_are_those_of_tokenizers(pattern):
+    texts = [prose(1, size=400), " ".join(FRAGMENTS) * 3]
+    ours = BPETokenizer.train(texts, 700, pattern=pattern)
+    theirs = train_in_hf(texts, 700, pattern=pattern)
+    assert merges_of(ours) == merges_of_hf(theirs)
+
+
 # Files
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def of_each_pattern(request, tmp_path_factory):
+    """A tokenizer, and tokenizers' reading of its file."""
+    texts = [prose(1), " ".join(FRAGMENTS) * 3]
+    trained = BPETokenizer.train(texts, vocab_size=700, pattern=request.param)
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    trained.save(path)
+    assert BPETokenizer.load(path)._vocabulary.pattern == request.param
+    return BPETokenizer.load(path), load_in_hf(path)
+
+
+@given(text=awkward)
+@settings(max_examples=200)
+def test_ids_of_each_pattern_are_those_of_tokenizers(of_each_pattern, text):
+    ours, theirs = of_each_pattern
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) == expected
+    assert reference_of(ours).encode(text, replace=False) == expected
+    assert ours.decode(expected) == text
+
+
+def test_a_split_that_keeps_its_matches_is_the_same_as_one_that_isolates_them(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    BPETokenizer.train([prose(1)], 300, pattern="o200k").save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    ours, theirs = BPETokenizer.load(path), load_in_hf(path)
+    text = prose(2)
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def change(**paths):
+    """A function that sets values in a nested object; keys are paths joined by two underscores."""
+
+    def apply(content):
+        for path, value in paths.items():
+            *parents, last = path.split("__")
+            target = content
+            for key in parents:
+                target = target[key]
+            target[last] = value
+
+    return apply
+
+
+def split_step(**changes):
+    return {
+        "type": "Split",
+        "pattern": {"Regex": REGEX["cl100k"]},
+        "behavior": "Isolated",
+        "invert": False,
+    } | changes
+
+
+def sequence(*steps):
+    return change(pre_tokenizer={"type": "Sequence", "pretokenizers": list(steps)})
+
+
+UNSPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 
 
 def test_saving_and_loading_change_nothing(tokenizer, file, tmp_path):
@@ -344,20 +419,6 @@ def test_a_special_token_at_the_end_is_the_eos(tmp_path):
     assert loaded.decode([loaded.eos_id]) == "<|im_end|>"
 
 
-def change(**paths):
-    """A function that sets values in a nested object; keys are paths joined by two underscores."""
-
-    def apply(content):
-        for path, value in paths.items():
-            *parents, last = path.split("__")
-            target = content
-            for key in parents:
-                target = target[key]
-            target[last] = value
-
-    return apply
-
-
 def rename_token(old, new):
     def apply(content):
         vocab = content["model"]["vocab"]
@@ -375,6 +436,15 @@ def rename_token(old, new):
         (change(pre_tokenizer={"type": "Metaspace"}), 'pre_tokenizer "Metaspace"'),
         (change(pre_tokenizer=None), "pre_tokenizer null"),
         (change(pre_tokenizer__use_regex=False), "use_regex false"),
+        (sequence(UNSPLIT), "pre_tokenizer Sequence of ByteLevel, which is not supported"),
+        (sequence({"type": "Digits"}, UNSPLIT), "pre_tokenizer Sequence of Digits and ByteLevel"),
+        (sequence(split_step(), UNSPLIT | {"use_regex": True}), "use_regex true: not supported"),
+        (sequence(split_step(), UNSPLIT | {"add_prefix_space": True}), "add_prefix_space true"),
+        (sequence(split_step(behavior="Removed"), UNSPLIT), "pre_tokenizer Split with Removed"),
+        (sequence(split_step(invert=True), UNSPLIT), "pre_tokenizer Split with Isolated"),
+        (sequence(split_step(pattern={"Regex": "x+"}), UNSPLIT), 'the pattern {"Regex": "x+"}'),
+        (sequence(split_step(pattern={"String": " "}), UNSPLIT), 'the pattern {"String": " "}'),
+        (sequence(split_step(pattern=" "), UNSPLIT), "the pattern of Split is not a JSON object"),
         (change(decoder={"type": "Fuse"}), 'decoder "Fuse"'),
         (change(post_processor={"type": "TemplateProcessing"}), "TemplateProcessing"),
         (change(model__type="WordPiece"), 'model "WordPiece"'),
@@ -462,6 +532,8 @@ def test_bad_arguments(tokenizer):
         BPETokenizer.train(["a"], min_frequency=0)
     with pytest.raises(InputError, match="threads is 0"):
         tokenizer.encode_batch(["a"], threads=0)
+    with pytest.raises(InputError, match="pattern is 'gpt5'; it must be one of gpt2, cl100k"):
+        BPETokenizer.train(["a"], pattern="gpt5")
     with pytest.raises(InputError, match="errors is 'ignore'"):
         tokenizer.encode("a", errors="ignore")
     for function in (BPETokenizer.train, tokenizer.encode_batch, BPETokenizer.counter().add):
@@ -513,3 +585,8 @@ def test_the_python_implementation_gives_the_same(file, tokenizer, monkeypatch):
         slow.decode([0.5])
     again = BPETokenizer.train([prose(0), " ".join(FRAGMENTS) * 3], vocab_size=500)
     assert merges_of(again) == merges_of(tokenizer)
+    o200k = BPETokenizer.train([prose(1)], vocab_size=500, pattern="o200k")
+    monkeypatch.delenv("TINYLM_TOKENIZER")
+    assert merges_of(o200k) == merges_of(
+        BPETokenizer.train([prose(1)], vocab_size=500, pattern="o200k")
+    )
