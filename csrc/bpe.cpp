@@ -4,7 +4,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
-#include <queue>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -126,15 +126,16 @@ BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>&
                    const std::vector<TokenId>& special_ids, BpeOptions options)
     : tokens_(std::move(tokens)), byte_ids_(byte_ids), options_(options) {
   pool_.reserve(kMaxPool);  // So that giving a scratch back cannot throw.
-  for (std::size_t rank = 0; rank < merges.size(); ++rank) {
-    const BpeMerge& merge = merges[rank];
-    merges_[pair_key(merge.left, merge.right)] = {static_cast<std::uint32_t>(rank), merge.result};
+  for (std::size_t place = 0; place < merges.size(); ++place) {
+    const BpeMerge& merge = merges[place];
+    const auto rank = options_.ranks_are_ids ? merge.result : static_cast<std::uint32_t>(place);
+    merges_[pair_key(merge.left, merge.right)] = {rank, merge.result};
   }
   if (options_.ignore_merges) {
-    for (std::size_t id = 0; id < tokens_.size(); ++id) {
-      whole_pieces_.emplace(tokens_[id], static_cast<TokenId>(id));
+    const std::set<TokenId> special(special_ids.begin(), special_ids.end());
+    for (TokenId id = 0; id < tokens_.size(); ++id) {
+      if (special.count(id) == 0) whole_pieces_.emplace(tokens_[id], id);
     }
-    for (const TokenId id : special_ids) whole_pieces_.erase(tokens_[id]);
   }
 }
 

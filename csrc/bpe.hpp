@@ -16,7 +16,7 @@
 
 namespace tinylm {
 
-// `left` followed by `right` becomes `result`; a merge's rank is its place in the list.
+// `left` followed by `right` becomes `result`.
 struct BpeMerge {
   TokenId left, right, result;
 };
@@ -25,6 +25,9 @@ struct BpeOptions {
   SplitPattern pattern = SplitPattern::kGpt2;
   // A piece that is a whole token is that token, whether or not merges lead to it.
   bool ignore_merges = false;
+  // A merge's rank is the id of its result instead of its place in the list, as in tiktoken: merges
+  // with the same result are equal, and the leftmost goes first.
+  bool ranks_are_ids = false;
   // Text that does not start with a space is read as if it did.
   bool add_prefix_space = false;
 };
@@ -34,9 +37,9 @@ class BpeModel {
   // Working memory of one thread: buffers and a bounded cache of pieces.
   class Scratch;
 
-  // `tokens[id]` is a token's bytes, `byte_ids[b]` the token of the single byte b. `special_ids`
-  // are tokens that text never becomes. The caller has checked that all ids are below tokens.size()
-  // and that each merge's result is its parts joined.
+  // `tokens[id]` is a token's bytes, empty if the id is not used; `byte_ids[b]` the token of the
+  // single byte b. `special_ids` are tokens that text never becomes. The caller has checked that
+  // all ids are below tokens.size() and that each merge's result is its parts joined.
   BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>& merges,
            const std::array<TokenId, 256>& byte_ids, const std::vector<TokenId>& special_ids,
            BpeOptions options);
@@ -50,7 +53,7 @@ class BpeModel {
   // length at worst. Any number of threads may call it at once, each with its own scratch.
   void encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids) const;
 
-  // The bytes of a token; `id` < vocab_size().
+  // The bytes of a token, empty if there is none; `id` < vocab_size().
   std::string_view token(TokenId id) const { return tokens_[id]; }
 
  private:

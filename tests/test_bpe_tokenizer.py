@@ -38,6 +38,7 @@ def reference_of(tokenizer):
         byte_ids=vocabulary.byte_ids(),
         special_ids=vocabulary.special_ids,
         ignore_merges=vocabulary.ignore_merges,
+        ranks_are_ids=vocabulary.ranks_are_ids,
         add_prefix_space=vocabulary.add_prefix_space,
         pattern=vocabulary.pattern,
     )

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import regex
 import tokenizers
-from bpe_texts import awkward
+from bpe_texts import PUBLISHED, awkward
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
@@ -20,29 +20,6 @@ from tinylm.tokenizer.split_patterns import PATTERNS, REGEX, check_pattern, patt
 C = compiled()
 needs_extension = pytest.mark.skipif(C is None, reason="the compiled extension is not in use")
 
-# Word for word as published; for gpt2 and cl100k_tiktoken as tiktoken 0.9 has them.
-PUBLISHED = {
-    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"""
-    r"""|\s++$|\s+(?!\S)|\s""",
-    "cl100k": r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
-    r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-    "cl100k_tiktoken": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"""
-    r"""| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
-    "o200k": "|".join(
-        [
-            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"""
-            r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"""
-            r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-            r"""\p{N}{1,3}""",
-            r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
-            r"""\s*[\r\n]+""",
-            r"""\s+(?!\S)""",
-            r"""\s+""",
-        ]
-    ),
-    "whitespace": r" ?\S+|\s+(?!\S)|\s+",
-}
 ORACLES = {name: regex.compile(pattern) for name, pattern in PUBLISHED.items()}
 
 # Each alphabet makes a few alternatives compete.

@@ -35,6 +35,7 @@ class BPEModel:
         byte_ids: Sequence[int],
         special_ids: Sequence[int],
         ignore_merges: bool,
+        ranks_are_ids: bool,
         add_prefix_space: bool,
         pattern: str,
     ) -> None: ...

@@ -130,7 +130,8 @@ MergeArray to_array(const std::vector<BpeMerge>& merges) {
 std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const MergeArray& merges,
                                      const std::vector<TokenId>& byte_ids,
                                      const std::vector<TokenId>& special_ids, bool ignore_merges,
-                                     bool add_prefix_space, const std::string& pattern) {
+                                     bool ranks_are_ids, bool add_prefix_space,
+                                     const std::string& pattern) {
   const std::vector<BpeMerge> merge_list = to_merges(merges);
   const auto check = [&](TokenId id) {
     if (id >= tokens.size()) throw py::value_error("an id is not below the number of tokens");
@@ -144,7 +145,7 @@ std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const
   std::for_each(special_ids.begin(), special_ids.end(), check);
   return std::make_unique<BpeModel>(
       std::vector<std::string>(tokens.begin(), tokens.end()), merge_list, to_byte_ids(byte_ids),
-      special_ids, BpeOptions{to_pattern(pattern), ignore_merges, add_prefix_space});
+      special_ids, BpeOptions{to_pattern(pattern), ignore_merges, ranks_are_ids, add_prefix_space});
 }
 
 py::list encode(const BpeModel& model, const py::str& text, bool replace) {
@@ -233,14 +234,19 @@ py::index_error not_in_vocabulary(const BpeModel& model, const std::string& id,
 py::bytes decode_range(const BpeModel& model, const std::int64_t* first, const std::int64_t* last) {
   const auto limit = static_cast<std::int64_t>(model.vocab_size());
   std::string bytes;
-  const std::int64_t* bad = last;
+  const std::int64_t* bad = first;
   {
     const py::gil_scoped_release release;
-    bad = std::find_if(first, last, [=](std::int64_t id) { return id < 0 || id >= limit; });
     std::size_t size = 0;
-    for (auto id = first; id != bad; ++id) size += model.token(static_cast<TokenId>(*id)).size();
-    bytes.reserve(size);
-    for (auto id = first; id != bad; ++id) bytes.append(model.token(static_cast<TokenId>(*id)));
+    for (; bad != last && *bad >= 0 && *bad < limit; ++bad) {
+      const std::string_view token = model.token(static_cast<TokenId>(*bad));
+      if (token.empty()) break;
+      size += token.size();
+    }
+    if (bad == last) bytes.reserve(size);
+    for (auto id = first; bad == last && id != last; ++id) {
+      bytes.append(model.token(static_cast<TokenId>(*id)));
+    }
   }
   if (bad != last) {
     throw not_in_vocabulary(model, std::to_string(*bad), static_cast<std::size_t>(bad - first));
@@ -327,7 +333,7 @@ void bind_bpe(py::module_& m) {
   py::class_<BpeModel>(m, "BPEModel")
       .def(py::init(&make_model), py::kw_only(), py::arg("tokens"), py::arg("merges"),
            py::arg("byte_ids"), py::arg("special_ids"), py::arg("ignore_merges"),
-           py::arg("add_prefix_space"), py::arg("pattern"))
+           py::arg("ranks_are_ids"), py::arg("add_prefix_space"), py::arg("pattern"))
       .def("encode", &encode, py::arg("text"), py::arg("replace"))
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("eos_id"), py::arg("replace"),
            py::arg("threads"))

@@ -2,7 +2,7 @@
 
 import codecs
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -12,6 +12,13 @@ from tinylm.errors import InputError
 from tinylm.tokenizer import bpe_reference
 from tinylm.tokenizer.backend import compiled
 from tinylm.tokenizer.batches import batches, check_texts, check_threads
+from tinylm.tokenizer.bpe_files import (
+    read_gpt2,
+    read_tiktoken,
+    with_merges,
+    write_gpt2,
+    write_tiktoken,
+)
 from tinylm.tokenizer.bpe_json import (
     BYTE_TO_CHAR,
     EOS,
@@ -103,7 +110,7 @@ class StreamDecoder:
         Raises:
             InputError: the id is not in the vocabulary.
         """
-        _check_id(token_id, len(self._tokens))
+        _check_id(token_id, self._tokens)
         return self._decoder.decode(self._tokens[token_id])
 
     def finish(self) -> str:
@@ -148,6 +155,7 @@ class BPETokenizer:
             byte_ids=vocabulary.byte_ids(),
             special_ids=list(vocabulary.special_ids),
             ignore_merges=vocabulary.ignore_merges,
+            ranks_are_ids=vocabulary.ranks_are_ids,
             add_prefix_space=vocabulary.add_prefix_space,
             pattern=vocabulary.pattern,
         )
@@ -220,8 +228,75 @@ class BPETokenizer:
         return cls(read_vocabulary(path, eos_token))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a ``tokenizer.json`` that Hugging Face ``tokenizers`` reads too. Atomic."""
-        write_vocabulary(self._vocabulary, path)
+        """Writes a ``tokenizer.json`` that Hugging Face ``tokenizers`` reads too. Atomic.
+
+        Raises:
+            InputError: the tokenizer comes from a rank file so odd that no list of merges gives
+                its ids.
+        """
+        write_vocabulary(with_merges(self._vocabulary), path)
+
+    @classmethod
+    def load_tiktoken(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        pattern: str,
+        special_tokens: Mapping[str, int],
+        eos_token: str = EOS,
+    ) -> "BPETokenizer":
+        """Reads a rank file of tiktoken, such as ``cl100k_base.tiktoken``.
+
+        The file holds tokens and their ids only, so ``pattern`` and the ids of the special tokens
+        must be given: for that file ``"cl100k_tiktoken"`` and ``{"<|endoftext|>": 100257, ...}``.
+        Ids are those of ``tiktoken.Encoding`` with the same arguments. Ids that no token has
+        count in `vocab_size`, but cannot be decoded.
+
+        Raises:
+            InputError: the file is missing or broken (the line is named), or an argument does not
+                fit it.
+        """
+        return cls(read_tiktoken(path, pattern, special_tokens, eos_token))
+
+    def save_tiktoken(self, path: str | os.PathLike[str]) -> None:
+        """Writes a rank file for tiktoken; special tokens and the pattern are not in it. Atomic.
+
+        Raises:
+            InputError: tiktoken would give other ids than this tokenizer.
+        """
+        write_tiktoken(self._vocabulary, path)
+
+    @classmethod
+    def load_gpt2(
+        cls,
+        vocab_path: str | os.PathLike[str],
+        merges_path: str | os.PathLike[str],
+        *,
+        pattern: str = "gpt2",
+        special_tokens: Sequence[str] = (EOS,),
+        eos_token: str = EOS,
+    ) -> "BPETokenizer":
+        """Reads ``vocab.json`` and ``merges.txt``, the files that GPT-2 was published with.
+
+        They do not say which tokens are special, so ``special_tokens`` does.
+
+        Raises:
+            InputError: a file is missing or broken (of ``merges.txt`` the line is named), or
+                lacks a special token.
+        """
+        vocabulary = read_gpt2(vocab_path, merges_path, pattern, special_tokens, eos_token)
+        return cls(vocabulary)
+
+    def save_gpt2(
+        self, vocab_path: str | os.PathLike[str], merges_path: str | os.PathLike[str]
+    ) -> None:
+        """Writes ``vocab.json`` and ``merges.txt``, each atomically; the pattern is in neither.
+
+        Raises:
+            InputError: these files cannot say what this tokenizer does: some token is reached by
+                no merges, or a space is put before texts.
+        """
+        write_gpt2(self._vocabulary, vocab_path, merges_path)
 
     @property
     def vocab_size(self) -> int:
@@ -231,7 +306,7 @@ class BPETokenizer:
     @property
     def vocab(self) -> dict[str, int]:
         """Every token's id, spelled as in ``tokenizer.json``; a copy."""
-        return {name: i for i, name in enumerate(self._vocabulary.names)}
+        return {name: i for i, name in enumerate(self._vocabulary.names) if name}
 
     def id_to_token(self, token_id: int) -> str:
         """The token as ``tokenizer.json`` spells it, such as ``Ġthe``.
@@ -239,7 +314,7 @@ class BPETokenizer:
         Raises:
             InputError: the id is not in the vocabulary.
         """
-        _check_id(token_id, self.vocab_size)
+        _check_id(token_id, self._tokens)
         return self._vocabulary.names[token_id]
 
     def encode(self, text: str, add_eos: bool = False, errors: Errors = "strict") -> list[int]:
@@ -316,9 +391,9 @@ def _check_training(vocab_size: int, min_frequency: int) -> None:
         raise InputError(f"min_frequency is {min_frequency}; it must be at least 1")
 
 
-def _check_id(token_id: int, vocab_size: int) -> None:
-    if not 0 <= token_id < vocab_size:
-        raise InputError(f"id {token_id} is not in the vocabulary of {vocab_size}")
+def _check_id(token_id: int, tokens: Sequence[bytes]) -> None:
+    if not 0 <= token_id < len(tokens) or not tokens[token_id]:
+        raise InputError(f"id {token_id} is not in the vocabulary of {len(tokens)}")
 
 
 def _is_replace(errors: str) -> bool:

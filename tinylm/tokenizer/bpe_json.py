@@ -40,12 +40,14 @@ class BPEVocabulary:
     """What defines a byte-level BPE tokenizer."""
 
     names: Sequence[str]
-    """By id: the byte-level alphabet's spelling; of a special token, its text."""
+    """By id: the byte-level alphabet's spelling; of a special token, its text; empty if unused."""
     merges: npt.NDArray[np.uint32]
     """Rows of left, right and result, in the order of their ranks."""
     special_ids: Sequence[int]
     eos_id: int
     ignore_merges: bool = False
+    ranks_are_ids: bool = False
+    """A merge's rank is the id of its result, as in tiktoken, instead of its place in the list."""
     add_prefix_space: bool = False
     pattern: str = "gpt2"
     """A name from `tinylm.tokenizer.split_patterns`."""
@@ -66,7 +68,11 @@ class BPEVocabulary:
 
 
 def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) -> None:
-    """Writes a file that Hugging Face tokenizers reads too. Atomic."""
+    """Writes a file that Hugging Face tokenizers reads too. Atomic.
+
+    A merge's rank must be its place in the list: see `tinylm.tokenizer.bpe_files.with_merges`.
+    """
+    assert not vocabulary.ranks_are_ids
     names = vocabulary.names
     added_tokens = [
         {
@@ -107,7 +113,7 @@ def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) ->
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": vocabulary.ignore_merges,
-        "vocab": {name: i for i, name in enumerate(names)},
+        "vocab": {name: i for i, name in enumerate(names) if name},
         "merges": [f"{names[a]} {names[b]}" for a, b, _ in vocabulary.merges.tolist()],
     }
     write_json(
@@ -133,15 +139,34 @@ def read_vocabulary(path: str | os.PathLike[str], eos_token: str = EOS) -> BPEVo
         InputError: the file is missing or broken, lacks ``eos_token``, or asks for something
             that `BPETokenizer` does not do.
     """
-    return _Reader(path).read(eos_token)
+    return read_content(path, read_tokenizer_json(path), eos_token)
+
+
+def read_content(
+    path: str | os.PathLike[str], content: dict[str, Any], eos_token: str
+) -> BPEVocabulary:
+    """As `read_vocabulary`, of a file with this content."""
+    return _Reader(path, content).read(eos_token)
+
+
+def check_gaps(names: Mapping[int, str], path: str) -> None:
+    """Raises `InputError` where ``names``, by id, would leave most ids unused.
+
+    Files leave a few unused between tokens and special tokens; each costs a row of a model.
+    """
+    if max(names, default=0) >= 2 * len(names):
+        missing = next(i for i in range(len(names)) if i not in names)
+        raise InputError(
+            f"{path} has no token with id {missing}, though the highest id is {max(names)}"
+        )
 
 
 class _Reader:
     """One file being read; every complaint names it."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         self._path = os.fspath(path)
-        self._content = read_tokenizer_json(path)
+        self._content = content
         self._model: dict[str, Any] = self._content["model"]
 
     def read(self, eos_token: str) -> BPEVocabulary:
@@ -153,9 +178,9 @@ class _Reader:
         if eos_token not in specials:
             known = ", ".join(specials) or "none"
             self._fail(f"has no special token {eos_token} (it has: {known})")
-        names = sorted(ids, key=ids.__getitem__)
+        names = {token_id: name for name, token_id in ids.items()}
         return BPEVocabulary(
-            names=names,
+            names=[names.get(i, "") for i in range(max(names) + 1)],
             merges=self._merges(ids, specials),
             special_ids=sorted(specials.values()),
             eos_id=specials[eos_token],
@@ -245,7 +270,7 @@ class _Reader:
         return specials
 
     def _ids(self, specials: Mapping[str, int]) -> dict[str, int]:
-        """Ids of all tokens by name: dense, each byte among them, spelled in the alphabet."""
+        """Ids of all tokens by name: each byte among them, spelled in the alphabet."""
         ids = dict(self._object(self._model.get("vocab"), "model.vocab"))
         for name, token_id in ids.items():
             if not _is_id(token_id):
@@ -257,21 +282,19 @@ class _Reader:
         for name, token_id in specials.items():
             if ids.setdefault(name, token_id) != token_id:
                 self._fail(f"gives the special token {name!r} two ids: {ids[name]} and {token_id}")
-        self._check_dense(ids)
+        self._check_distinct(ids)
         for byte, char in enumerate(BYTE_TO_CHAR):
             if char not in ids or char in specials:
                 self._fail(f"has no token for the byte 0x{byte:02X} ({char!r})")
         return ids
 
-    def _check_dense(self, ids: Mapping[str, int]) -> None:
+    def _check_distinct(self, ids: Mapping[str, int]) -> None:
         names: dict[int, str] = {}
         for name, token_id in ids.items():
             if token_id in names:
                 self._fail(f"gives the tokens {names[token_id]!r} and {name!r} one id: {token_id}")
             names[token_id] = name
-        missing = next((i for i in range(len(names)) if i not in names), None)
-        if missing is not None:
-            self._fail(f"has no token with id {missing}, though the highest id is {max(names)}")
+        check_gaps(names, self._path)
 
     def _merges(
         self, ids: Mapping[str, int], specials: Mapping[str, int]

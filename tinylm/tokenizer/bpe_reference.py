@@ -125,20 +125,22 @@ class BPEModel:
         byte_ids: Sequence[int],
         special_ids: Sequence[int],
         ignore_merges: bool,
+        ranks_are_ids: bool,
         add_prefix_space: bool,
         pattern: str,
     ) -> None:
         self._tokens = list(tokens)
         self._merges = {
-            (left, right): (rank, result)
+            (left, right): (result if ranks_are_ids else rank, result)
             for rank, (left, right, result) in enumerate(merges.tolist())
         }
         self._byte_ids = list(byte_ids)
         self._whole_pieces: dict[bytes, int] = {}
         if ignore_merges:
-            self._whole_pieces = {token: i for i, token in enumerate(self._tokens)}
-            for special_id in special_ids:
-                del self._whole_pieces[self._tokens[special_id]]
+            special = set(special_ids)
+            self._whole_pieces = {
+                token: i for i, token in enumerate(self._tokens) if i not in special
+            }
         self._add_prefix_space = add_prefix_space
         self._pattern = pattern
         self._cache: dict[str, list[int]] = {}
@@ -167,7 +169,7 @@ class BPEModel:
         """Bytes of ``ids``; ``IndexError`` if one is not in the vocabulary."""
         parts: list[bytes] = []
         for position, token_id in enumerate(ids if isinstance(ids, list) else ids.tolist()):
-            if not 0 <= token_id < len(self._tokens):
+            if not 0 <= token_id < len(self._tokens) or not self._tokens[token_id]:
                 raise IndexError(
                     f"id {token_id} at position {position} is not in the vocabulary of "
                     f"{len(self._tokens)}"
