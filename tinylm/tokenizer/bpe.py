@@ -27,6 +27,7 @@ from tinylm.tokenizer.bpe_json import (
     read_vocabulary,
     write_vocabulary,
 )
+from tinylm.tokenizer.special_tokens import Choice, Segment, SpecialTokens
 from tinylm.tokenizer.split_patterns import check_pattern
 
 Errors = Literal["strict", "replace"]
@@ -317,18 +318,71 @@ class BPETokenizer:
         _check_id(token_id, self._tokens)
         return self._vocabulary.names[token_id]
 
-    def encode(self, text: str, add_eos: bool = False, errors: Errors = "strict") -> list[int]:
+    def encode(
+        self,
+        text: str,
+        add_eos: bool = False,
+        errors: Errors = "strict",
+        *,
+        allowed_special: Choice = (),
+        disallowed_special: Choice = (),
+    ) -> list[int]:
         """The ids of one text.
 
+        The name of a special token in the text is text like any other, unless it is in
+        ``allowed_special`` (``"all"``: every one), which makes it that token, or in
+        ``disallowed_special`` (``"all"``: every one that is not allowed), which refuses the text.
+        What stands between special tokens is encoded like a text of its own.
+
         Raises:
-            InputError: the text has a lone surrogate and ``errors`` is not ``"replace"``, which
-                reads it as U+FFFD.
+            InputError: the text has a disallowed special token, or a lone surrogate and
+                ``errors`` is not ``"replace"``, which reads it as U+FFFD.
         """
+        replace = _is_replace(errors)
         try:
-            ids: list[int] = self._model.encode(text, _is_replace(errors))
+            if _is_none(allowed_special) and _is_none(disallowed_special):
+                ids: list[int] = self._model.encode(text, replace)
+            else:
+                segments = self._segments(text, allowed_special, disallowed_special, replace)
+                ids = [i for segment in segments for i in self._encode_segment(segment, replace)]
         except UnicodeEncodeError as error:
             raise _surrogate_error(error) from None
         return [*ids, self.eos_id] if add_eos else ids
+
+    def encode_with_offsets(
+        self,
+        text: str,
+        unit: Literal["characters", "bytes"] = "characters",
+        errors: Errors = "strict",
+        *,
+        allowed_special: Choice = (),
+        disallowed_special: Choice = (),
+    ) -> tuple[list[int], npt.NDArray[np.int64]]:
+        """The ids of one text as by `encode`, and a row of each id's start and end in the text.
+
+        In bytes of its UTF-8, ends are the next starts. In characters, a token that holds but a
+        part of a character spans it all, so tokens that share one overlap. A space that is put
+        before the text takes no place. Raises as `encode`.
+        """
+        if unit not in ("characters", "bytes"):
+            raise InputError(f"unit is {unit!r}; it must be 'characters' or 'bytes'")
+        replace = _is_replace(errors)
+        ids: list[int] = []
+        lengths: list[int] = []  # in the text, in bytes
+        try:
+            for segment in self._segments(text, allowed_special, disallowed_special, replace):
+                new = self._encode_segment(segment, replace)
+                ids += new
+                start = len(lengths)
+                lengths += [len(self._tokens[i]) for i in new]
+                lengths[start] -= self._has_prefix(segment)
+        except UnicodeEncodeError as error:
+            raise _surrogate_error(error) from None
+        bounds = np.cumsum([0, *lengths], dtype=np.int64)
+        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
+        if unit == "characters":
+            spans = _in_characters(spans, bpe_reference.to_utf8(text, replace))
+        return ids, spans
 
     def encode_batch(
         self,
@@ -341,6 +395,7 @@ class BPETokenizer:
 
         Ids are uint16 if the vocabulary has at most 65,536 tokens, else int32. ``threads`` is
         how many to use (None: as many as the machine has); the result does not depend on it.
+        Names of special tokens in the texts are text.
 
         Raises:
             InputError: a text has a lone surrogate and ``errors`` is not ``"replace"``, which
@@ -355,6 +410,27 @@ class BPETokenizer:
         except UnicodeEncodeError as error:
             raise _surrogate_error(error, texts) from None
         return ids, offsets
+
+    def _segments(
+        self, text: str, allowed: Choice, disallowed: Choice, replace: bool
+    ) -> list[Segment]:
+        if not replace:
+            text.encode()  # So that an error has the position in the whole text.
+        names = self._vocabulary.names
+        specials = SpecialTokens({names[i]: i for i in self._vocabulary.special_ids})
+        return specials.segments(text, allowed, disallowed)
+
+    def _encode_segment(self, segment: Segment, replace: bool) -> list[int]:
+        text, special_id = segment
+        if special_id is not None:
+            return [special_id]
+        ids: list[int] = self._model.encode(text, replace)
+        return ids
+
+    def _has_prefix(self, segment: Segment) -> bool:
+        text, special_id = segment
+        is_text = special_id is None and not text.startswith(" ")
+        return self._vocabulary.add_prefix_space and is_text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, with U+FFFD where their bytes are not UTF-8.
@@ -411,6 +487,20 @@ def _surrogate_error(error: UnicodeEncodeError, texts: Sequence[str] = ()) -> In
         f"{where} has the lone surrogate {code} at position {error.start}, which is no character; "
         "clean the text or pass errors='replace' to read it as U+FFFD"
     )
+
+
+def _is_none(choice: Choice) -> bool:
+    return not isinstance(choice, str) and len(choice) == 0
+
+
+def _in_characters(spans: npt.NDArray[np.int64], utf8: bytes) -> npt.NDArray[np.int64]:
+    """Spans of bytes as the characters that they touch."""
+    is_first = (np.frombuffer(utf8, dtype=np.uint8) & 0xC0) != 0x80
+    before = np.concatenate([[0], np.cumsum(is_first)])  # how many begin before each byte
+    starts, ends = spans.T
+    # A start inside a character goes back to the one that has begun.
+    inside = np.append(~is_first, False)[starts]
+    return np.stack([before[starts] - inside, before[ends]], axis=1)
 
 
 def _id_array(ids: Iterable[int]) -> npt.NDArray[np.int64]:
