@@ -13,6 +13,7 @@
 
 #include "pair_map.hpp"
 #include "pretokenize.hpp"
+#include "watch.hpp"
 
 namespace tinylm {
 
@@ -50,8 +51,10 @@ class BpeModel {
   std::size_t vocab_size() const { return tokens_.size(); }
 
   // Appends the ids of `text`, valid UTF-8 in pieces of less than 4 GiB. n log n in a piece's
-  // length at worst. Any number of threads may call it at once, each with its own scratch.
-  void encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids) const;
+  // length at worst. Any number of threads may call it at once, each with its own scratch. `watch`
+  // stops it by an exception.
+  void encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids,
+              Watch& watch) const;
 
   // The bytes of a token, empty if there is none; `id` < vocab_size().
   std::string_view token(TokenId id) const { return tokens_[id]; }
@@ -64,14 +67,18 @@ class BpeModel {
     TokenId result;
   };
 
-  void encode_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids) const;
-  void merge_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids) const;
+  void encode_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
+                    Watch& watch) const;
+  void merge_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
+                   Watch& watch) const;
   void merge_short(std::string_view piece, std::vector<TokenId>& ids) const;
-  void merge_long(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids) const;
+  void merge_long(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
+                  Watch& watch) const;
 
   std::vector<std::string> tokens_;
   std::array<TokenId, 256> byte_ids_;
   PairMap<RankAndResult> merges_;
+  std::size_t ranks_ = 0;                                       // more than any rank
   std::unordered_map<std::string_view, TokenId> whole_pieces_;  // only with ignore_merges
   BpeOptions options_;
 

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -148,6 +149,9 @@ std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const
       special_ids, BpeOptions{to_pattern(pattern), ignore_merges, ranks_are_ids, add_prefix_space});
 }
 
+// A list of so many ids is made between two looks at Python's signals.
+constexpr std::size_t kSignalCheckIds = std::size_t{1} << 20;
+
 py::list encode(const BpeModel& model, const py::str& text, bool replace) {
   const TextBatch batch(py::make_tuple(text));
   if (!replace) batch.refuse_surrogates();
@@ -156,10 +160,14 @@ py::list encode(const BpeModel& model, const py::str& text, bool replace) {
     const py::gil_scoped_release release;
     const ScratchLease scratch(model);
     std::string buffer;
-    model.encode(to_utf8(batch[0], buffer), *scratch, ids);
+    Watch watch;
+    model.encode(to_utf8(batch[0], buffer), *scratch, ids, watch);
   }
   py::list list(ids.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) list[i] = py::int_(ids[i]);
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (i % kSignalCheckIds == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    list[i] = py::int_(ids[i]);
+  }
   return list;
 }
 
@@ -179,13 +187,15 @@ EncodedChunks encode_chunks(const BpeModel& model, const TextBatch& batch,
   threads = resolve_threads(threads, chunks);
   std::vector<std::unique_ptr<ScratchLease>> scratches(static_cast<std::size_t>(threads));
   std::vector<std::string> buffers(scratches.size());
-  parallel_for(chunks, threads, [&](std::size_t chunk, int worker) {
+  Watch watch;
+  parallel_for(chunks, threads, watch, [&](std::size_t chunk, int worker) {
     auto& scratch = scratches[static_cast<std::size_t>(worker)];
     if (!scratch) scratch = std::make_unique<ScratchLease>(model);
     std::vector<TokenId>& ids = result.ids[chunk];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const std::size_t before = ids.size();
-      model.encode(to_utf8(batch[i], buffers[static_cast<std::size_t>(worker)]), **scratch, ids);
+      model.encode(to_utf8(batch[i], buffers[static_cast<std::size_t>(worker)]), **scratch, ids,
+                   watch);
       if (eos_id) ids.push_back(*eos_id);
       result.offsets[i + 1] = static_cast<std::int64_t>(ids.size() - before);
     }
@@ -281,17 +291,24 @@ void count(BpeCounter& counter, const py::sequence& texts, bool replace, int thr
   threads = resolve_threads(threads, starts.size() - 1);
   counter.reserve_workers(threads);
   std::vector<std::string> buffers(static_cast<std::size_t>(threads));
-  parallel_for(starts.size() - 1, threads, [&](std::size_t chunk, int worker) {
+  Watch watch;
+  parallel_for(starts.size() - 1, threads, watch, [&](std::size_t chunk, int worker) {
     std::string& buffer = buffers[static_cast<std::size_t>(worker)];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
-      counter.add(to_utf8(batch[i], buffer), worker);
+      counter.add(to_utf8(batch[i], buffer), worker, watch);
     }
   });
 }
 
 std::pair<py::list, py::array> counted_items(BpeCounter& counter) {
-  const auto lock = counter.lock();
-  const std::vector<PieceCounter::Entry> entries = counter.sorted_entries();
+  // Who holds the lock may wait for the GIL, so nobody may do it the other way round.
+  std::unique_lock<std::mutex> lock;
+  std::vector<PieceCounter::Entry> entries;
+  {
+    const py::gil_scoped_release release;
+    lock = counter.lock();
+    entries = counter.sorted_entries();
+  }
   py::list pieces(entries.size());
   py::array_t<std::int64_t> counts(static_cast<py::ssize_t>(entries.size()));
   for (std::size_t i = 0; i < entries.size(); ++i) {
@@ -308,7 +325,9 @@ MergeArray train(BpeCounter& counter, const std::vector<TokenId>& byte_ids, Toke
   {
     const py::gil_scoped_release release;
     const auto lock = counter.lock();
-    merges = train_bpe(counter.sorted_entries(), ids, first_free_id, vocab_size, min_frequency);
+    Watch watch;
+    merges =
+        train_bpe(counter.sorted_entries(), ids, first_free_id, vocab_size, min_frequency, watch);
   }
   return to_array(merges);
 }
