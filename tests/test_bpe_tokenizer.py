@@ -151,13 +151,6 @@ def test_long_runs_have_the_ids_of_tokenizers(tokenizer, hf, unit):
         assert tokenizer.encode(text) == hf.encode(text, add_special_tokens=False).ids
 
 
-def test_a_million_of_one_letter(tokenizer):
-    ids = tokenizer.encode("a" * 1_000_000)
-    assert tokenizer.decode(ids) == "a" * 1_000_000
-    longest = len(tokenizer.id_to_token(ids[0]))
-    assert len(ids) <= 1_000_000 // longest + longest
-
-
 @needs_extension
 @given(text=st.text(alphabet="abc", min_size=49, max_size=300), seed=st.integers(0, 5))
 @settings(max_examples=50)
