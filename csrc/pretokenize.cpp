@@ -39,11 +39,12 @@ inline Char read_char(const char* at) {
 
 inline bool is_newline(char c) { return c == '\r' || c == '\n'; }
 
-// Past all characters of `classes` from `at` on.
-inline const char* skip(CharClasses classes, const char* at, const char* end) {
+// Past all characters of the classes from `at` on.
+template <CharClasses kClasses>
+inline const char* skip(const char* at, const char* end) {
   while (at != end) {
     const Char next = read_char(at);
-    if (!next.is(classes)) break;
+    if (!next.is(kClasses)) break;
     at = next.end;
   }
   return at;
@@ -132,10 +133,9 @@ const char* gpt2_piece_end(const char* begin, const char* end) {
   }
   // A run of the first character's kind, with a space before it if there is one.
   const auto run_end = [end](const Char& first) {
-    return skip(first.is(kLetter)   ? kLetter
-                : first.is(kNumber) ? kNumber
-                                    : kSymbol,
-                first.end, end);
+    if (first.is(kLetter)) return skip<kLetter>(first.end, end);
+    if (first.is(kNumber)) return skip<kNumber>(first.end, end);
+    return skip<kSymbol>(first.end, end);
   };
   const Char first = read_char(begin);
   if (!first.is(kSpace)) return run_end(first);
@@ -152,16 +152,16 @@ const char* cl100k_piece_end(const char* begin, const char* end) {
     if (const char* const contraction = caseless_contraction_end(begin, end)) return contraction;
   }
   const Char first = read_char(begin);
-  if (first.is(kLetter)) return skip(kLetter, first.end, end);
+  if (first.is(kLetter)) return skip<kLetter>(first.end, end);
   if (first.is(kNumber)) return digits_end(first.end, end);
   if (first.end != end) {
     const Char second = read_char(first.end);
-    if (second.is(kLetter) && !is_newline(*begin)) return skip(kLetter, second.end, end);
+    if (second.is(kLetter) && !is_newline(*begin)) return skip<kLetter>(second.end, end);
     if (second.is(kSymbol) && *begin == ' ') {
-      return skip_newlines(skip(kSymbol, second.end, end), end);
+      return skip_newlines(skip<kSymbol>(second.end, end), end);
     }
   }
-  if (first.is(kSymbol)) return skip_newlines(skip(kSymbol, first.end, end), end);
+  if (first.is(kSymbol)) return skip_newlines(skip<kSymbol>(first.end, end), end);
   return line_space_end<kAtTextEnd>(begin, end);
 }
 
@@ -172,7 +172,7 @@ inline const char* lower_word_end(const char* begin, const char* end) {
   const char* after_uncased = nullptr;
   for (const char* at = begin; at != end;) {
     const Char next = read_char(at);
-    if (next.is(kLower)) return skip(kLower | kUncased | kMark, next.end, end);
+    if (next.is(kLower)) return skip<kLower | kUncased | kMark>(next.end, end);
     if (!next.is(kUpper | kUncased | kMark)) break;
     at = next.end;
     if (!next.is(kUpper)) after_uncased = at;
@@ -193,7 +193,7 @@ inline const char* o200k_word_end(const char* begin, const char* end, const Char
   }
   // What no lower-case word begins with can only be capitals.
   const char* const capitals = is_prefix ? first.end : begin;
-  const char* const word = skip(kUpper, capitals, end);
+  const char* const word = skip<kUpper>(capitals, end);
   return word == capitals ? nullptr : word;
 }
 
@@ -208,7 +208,7 @@ const char* o200k_piece_end(const char* begin, const char* end) {
   const char* at = begin;
   if (*begin == ' ' && first.end != end && read_char(first.end).is(kSymbol)) at = first.end;
   if (at != begin || first.is(kSymbol)) {
-    at = skip(kSymbol, at, end);
+    at = skip<kSymbol>(at, end);
     while (at != end && (is_newline(*at) || *at == '/')) ++at;
     return at;
   }
@@ -218,10 +218,10 @@ const char* o200k_piece_end(const char* begin, const char* end) {
 const char* whitespace_piece_end(const char* begin, const char* end) {
   constexpr CharClasses kNotSpace = kLetter | kNumber | kSymbol;
   const Char first = read_char(begin);
-  if (first.is(kNotSpace)) return skip(kNotSpace, first.end, end);
+  if (first.is(kNotSpace)) return skip<kNotSpace>(first.end, end);
   if (*begin == ' ' && first.end != end) {
     const Char second = read_char(first.end);
-    if (second.is(kNotSpace)) return skip(kNotSpace, second.end, end);
+    if (second.is(kNotSpace)) return skip<kNotSpace>(second.end, end);
   }
   return space_end(begin, end);
 }

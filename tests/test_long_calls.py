@@ -1,4 +1,4 @@
-"""Long inputs: time in proportion to their length, Ctrl-C in their midst, other threads going on."""
+"""Long inputs: time in proportion to their length, Ctrl-C, other threads that go on."""
 
 import random
 import signal
