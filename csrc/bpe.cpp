@@ -86,7 +86,11 @@ class PieceCache {
   }
 
  private:
+#ifdef TINYLM_FUZZING
+  static constexpr std::size_t kSlots = 16;  // quickly made, and pieces get in each other's way
+#else
   static constexpr std::size_t kSlots = std::size_t{1} << 16;
+#endif
 
   template <class Word>
   static Word load(const char* at) {
