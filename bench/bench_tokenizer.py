@@ -1,6 +1,6 @@
 """Speed of the word tokenizer next to its Python specification, on the same text in one run.
 
-    pytest bench/bench_word.py --benchmark-columns=min,median,rounds
+    pytest bench/bench_tokenizer.py --benchmark-columns=min,median,rounds
 
 The text is that of conftest.py. Every benchmark first shows that both give the same result.
 """
