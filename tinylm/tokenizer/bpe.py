@@ -3,7 +3,7 @@
 import codecs
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,15 @@ import numpy.typing as npt
 from tinylm.errors import InputError
 from tinylm.tokenizer import bpe_reference
 from tinylm.tokenizer.backend import compiled
-from tinylm.tokenizer.batches import batches, check_texts, check_threads
+from tinylm.tokenizer.batches import (
+    Errors,
+    batches,
+    check_texts,
+    check_threads,
+    is_replace,
+    surrogate_error,
+)
+from tinylm.tokenizer.bpe_counter import BPECounter
 from tinylm.tokenizer.bpe_files import (
     read_gpt2,
     read_tiktoken,
@@ -23,79 +31,13 @@ from tinylm.tokenizer.bpe_json import (
     BYTE_TO_CHAR,
     EOS,
     BPEVocabulary,
-    last_of_each_pair,
     read_vocabulary,
     write_vocabulary,
 )
 from tinylm.tokenizer.special_tokens import Choice, Segment, SpecialTokens
-from tinylm.tokenizer.split_patterns import check_pattern
-
-Errors = Literal["strict", "replace"]
 
 MIN_VOCAB_SIZE = 1 + 256  # the special token and the bytes
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32
-
-
-class PieceCounter(Protocol):
-    """`tinylm.tokenizer.bpe_reference.BPECounter` or the compiled one."""
-
-    def add(self, texts: Sequence[str], replace: bool, threads: int) -> None:
-        """Counts the pieces of ``texts``."""
-
-    def __len__(self) -> int:
-        """How many distinct pieces there are."""
-
-    def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-        """All pieces in the order of their bytes, and their counts."""
-
-    def train(
-        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
-    ) -> npt.NDArray[np.uint32]:
-        """Merges as rows of left, right and result."""
-
-
-class BPECounter:
-    """Counts what BPE learns from, batch by batch; keeps no text, only its distinct pieces."""
-
-    def __init__(self, pattern: str = "gpt2") -> None:
-        """``pattern`` says how texts are split into pieces: see `BPETokenizer`."""
-        check_pattern(pattern)
-        self.pattern = pattern
-        module = compiled()
-        counter = bpe_reference.BPECounter if module is None else module.BPECounter
-        self._counter: PieceCounter = counter(pattern)
-
-    def add(
-        self, texts: Sequence[str], threads: int | None = None, errors: Errors = "strict"
-    ) -> None:
-        """Counts the pieces of ``texts`` on ``threads`` threads (None: as many as there are).
-
-        Raises:
-            InputError: a text has a lone surrogate and ``errors`` is not ``"replace"``, which
-                reads it as U+FFFD. Nothing of this batch is counted then.
-        """
-        replace = _is_replace(errors)
-        check_texts(texts)
-        check_threads(threads)
-        try:
-            self._counter.add(texts, replace, threads or 0)
-        except UnicodeEncodeError as error:
-            raise _surrogate_error(error, texts) from None
-
-    def __len__(self) -> int:
-        """How many distinct pieces there are."""
-        return len(self._counter)
-
-    def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-        """All distinct pieces as UTF-8, in the order of their bytes, and their counts."""
-        return self._counter.items()
-
-    def learn_merges(
-        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
-    ) -> npt.NDArray[np.uint32]:
-        """Rows of left, right and result: see `BPETokenizer.train` for the rule."""
-        merges = self._counter.train(byte_ids, first_free_id, vocab_size, min_frequency)
-        return last_of_each_pair(merges.tolist())
 
 
 class StreamDecoder:
@@ -127,8 +69,8 @@ class BPETokenizer:
 
     Text is split by a pattern (letters, numbers and white space as in Unicode 16.0, whatever
     Python runs) and merged within the pieces. The special token ``<|endoftext|>`` ends a text;
-    no text becomes a special token by containing its name. Tokenizers never change, can be
-    pickled, and may be used by several threads at once.
+    no text becomes a special token by containing its name, unless that is allowed. Tokenizers
+    never change, can be pickled, and may be used by several threads at once.
 
     The patterns, in full in `tinylm.tokenizer.split_patterns`:
 
@@ -338,7 +280,7 @@ class BPETokenizer:
             InputError: the text has a disallowed special token, or a lone surrogate and
                 ``errors`` is not ``"replace"``, which reads it as U+FFFD.
         """
-        replace = _is_replace(errors)
+        replace = is_replace(errors)
         try:
             if _is_none(allowed_special) and _is_none(disallowed_special):
                 ids: list[int] = self._model.encode(text, replace)
@@ -346,7 +288,7 @@ class BPETokenizer:
                 segments = self._segments(text, allowed_special, disallowed_special, replace)
                 ids = [i for segment in segments for i in self._encode_segment(segment, replace)]
         except UnicodeEncodeError as error:
-            raise _surrogate_error(error) from None
+            raise surrogate_error(error) from None
         return [*ids, self.eos_id] if add_eos else ids
 
     def encode_with_offsets(
@@ -366,7 +308,7 @@ class BPETokenizer:
         """
         if unit not in ("characters", "bytes"):
             raise InputError(f"unit is {unit!r}; it must be 'characters' or 'bytes'")
-        replace = _is_replace(errors)
+        replace = is_replace(errors)
         ids: list[int] = []
         lengths: list[int] = []  # in the text, in bytes
         try:
@@ -377,7 +319,7 @@ class BPETokenizer:
                 lengths += [len(self._tokens[i]) for i in new]
                 lengths[start] -= self._has_prefix(segment)
         except UnicodeEncodeError as error:
-            raise _surrogate_error(error) from None
+            raise surrogate_error(error) from None
         bounds = np.cumsum([0, *lengths], dtype=np.int64)
         spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
         if unit == "characters":
@@ -401,14 +343,14 @@ class BPETokenizer:
             InputError: a text has a lone surrogate and ``errors`` is not ``"replace"``, which
                 reads it as U+FFFD.
         """
-        replace = _is_replace(errors)
+        replace = is_replace(errors)
         check_texts(texts)
         check_threads(threads)
         eos_id = self.eos_id if add_eos else None
         try:
             ids, offsets = self._model.encode_batch(texts, eos_id, replace, threads or 0)
         except UnicodeEncodeError as error:
-            raise _surrogate_error(error, texts) from None
+            raise surrogate_error(error, texts) from None
         return ids, offsets
 
     def _segments(
@@ -470,23 +412,6 @@ def _check_training(vocab_size: int, min_frequency: int) -> None:
 def _check_id(token_id: int, tokens: Sequence[bytes]) -> None:
     if not 0 <= token_id < len(tokens) or not tokens[token_id]:
         raise InputError(f"id {token_id} is not in the vocabulary of {len(tokens)}")
-
-
-def _is_replace(errors: str) -> bool:
-    if errors not in get_args(Errors):
-        raise InputError(f"errors is {errors!r}; it must be 'strict' or 'replace'")
-    return errors == "replace"
-
-
-def _surrogate_error(error: UnicodeEncodeError, texts: Sequence[str] = ()) -> InputError:
-    # The position in a batch is that of the very object which could not be encoded.
-    index = next((i for i, text in enumerate(texts) if text is error.object), None)
-    where = "the text" if index is None else f"text {index}"
-    code = f"\\u{ord(error.object[error.start]):04x}"
-    return InputError(
-        f"{where} has the lone surrogate {code} at position {error.start}, which is no character; "
-        "clean the text or pass errors='replace' to read it as U+FFFD"
-    )
 
 
 def _is_none(choice: Choice) -> bool:

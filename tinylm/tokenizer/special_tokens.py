@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Literal
 
 from tinylm.errors import InputError
@@ -55,7 +55,7 @@ class SpecialTokens:
         return frozenset(choice)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _any_of(names: frozenset[str]) -> re.Pattern[str]:
     longest_first = sorted(names, key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, longest_first)))
