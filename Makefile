@@ -1,12 +1,14 @@
 # make demo: install, train a small model on text that comes with Python, try it
 # make test: install with all that the tests need, run them
+# make fuzz: feed the tokenizers with made-up input for FUZZ_SECONDS each; needs clang
 PYTHON ?= python3
 MINUTES ?= 3
+FUZZ_SECONDS ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench fuzz clean
 
 demo: $(VENV)/installed
 	$(BIN)/tinylm doctor
@@ -37,6 +39,24 @@ format: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest bench/bench_*.py
+
+# Each pattern has a program of its own.
+FUZZERS := word bpe split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace
+FUZZ_FLAGS := -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+	-DTINYLM_FUZZING -Icsrc -Icsrc/fuzz -Ibuild/generated
+
+fuzz: $(FUZZERS:%=build/fuzz/%)
+	for name in $(FUZZERS); do \
+	  mkdir -p build/fuzz/corpus/$$name; \
+	  build/fuzz/$$name -max_total_time=$(FUZZ_SECONDS) -max_len=256 -len_control=0 -print_final_stats=1 \
+	    -artifact_prefix=build/fuzz/$$name- build/fuzz/corpus/$$name || exit 1; \
+	done
+
+build/fuzz/%: $(wildcard csrc/*.* csrc/fuzz/*)
+	mkdir -p build/fuzz build/generated
+	$(PYTHON) csrc/generate_unicode_tables.py build/generated
+	clang++ $(FUZZ_FLAGS) -DTINYLM_PATTERN=$(lastword $(subst -, ,$*)) \
+	  csrc/fuzz/fuzz_$(firstword $(subst -, ,$*)).cpp csrc/*.cpp -o $@ -lpthread
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

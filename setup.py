@@ -36,11 +36,14 @@ def needs_recompile(object_file: str, source: str) -> bool:
 
 ParallelCompile("TINYLM_BUILD_JOBS", needs_recompile=needs_recompile).install()
 
+# The fuzzers in csrc/fuzz are programs of their own: make fuzz.
+sources = sorted({*glob("csrc/**/*.cpp", recursive=True)} - {*glob("csrc/fuzz/*.cpp")})
+
 setup(
     ext_modules=[
         Pybind11Extension(
             "tinylm._C",
-            sorted(glob("csrc/**/*.cpp", recursive=True)),
+            sources,
             include_dirs=["csrc", str(GENERATED)],
             depends=sorted(glob("csrc/**/*.hpp", recursive=True)),
             cxx_std=17,

@@ -2,19 +2,11 @@
 
 Usage: python -m pytest bench/bench_bpe.py
 
-``TINYLM_BENCH_DATA`` names a ``.jsonl.gz`` file of documents (field ``text``); without it, the
-sources of Python's standard library are the text. ``TINYLM_BENCH_MB`` (20) says how much of it is
-used. A benchmark runs only once both sides have given the same ids.
+The text is that of conftest.py. A benchmark runs only once both sides have given the same ids.
 """
 
-import gzip
-import json
 import os
-import platform
-import sysconfig
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import tiktoken
@@ -23,34 +15,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinylm.tokenizer.bpe import BPETokenizer
 from tinylm.tokenizer.bpe_json import EOS
+from tinylm.tokenizer.split_patterns import REGEX
 
 VOCAB_SIZE = 10_000
 ROUNDS = 3
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-def documents() -> Iterator[str]:
-    """Texts without lone surrogates, which the others cannot take."""
-    if path := os.environ.get("TINYLM_BENCH_DATA"):
-        with gzip.open(path, "rb") as file:
-            texts = [json.loads(line)["text"] for line in file.read().split(b"\n") if line]
-    else:
-        folder = Path(sysconfig.get_paths()["stdlib"])
-        paths = [p for p in sorted(folder.rglob("*.py")) if "site-packages" not in p.parts]
-        texts = [path.read_bytes().decode("utf-8", "replace") for path in paths]
-    yield from (t for t in texts if not any("\ud800" <= c <= "\udfff" for c in set(t)))
-
-
-@pytest.fixture(scope="session")
-def texts():
-    limit = float(os.environ.get("TINYLM_BENCH_MB", "20")) * 1e6
-    chosen, size = [], 0
-    for text in documents():
-        if size >= limit:
-            break
-        chosen.append(text)
-        size += len(text.encode())
-    return chosen
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +71,7 @@ def new_tiktoken(file):
     tokenizer = BPETokenizer.load(file)
     ranks = {tokenizer.decode_bytes([i]): i for i in range(1, tokenizer.vocab_size)}
     return tiktoken.Encoding(
-        "bench", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOS: 0}
+        "bench", pat_str=REGEX["gpt2"], mergeable_ranks=ranks, special_tokens={EOS: 0}
     )
 
 
@@ -141,24 +109,6 @@ SIDES = {
 @pytest.fixture(scope="session")
 def expected(file, texts):
     return lists_of(encode_tinylm(new_tinylm(file), texts, 1))
-
-
-@pytest.fixture
-def report(benchmark, texts):
-    """Adds throughput and circumstances to a benchmark that has run."""
-    size = sum(len(text.encode()) for text in texts) / 1e6
-
-    def add(**info):
-        benchmark.extra_info.update(
-            megabytes=round(size, 3),
-            megabytes_per_second=round(size / benchmark.stats.stats.min, 2),
-            machine=platform.machine(),
-            tokenizers=tokenizers.__version__,
-            tiktoken=tiktoken.__version__,
-            **info,
-        )
-
-    return add
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -2,14 +2,8 @@
 
     pytest bench/bench_tokenizer.py --benchmark-columns=min,median,rounds
 
-The text is ``TINYLM_BENCH_DATA``, a ``.jsonl.gz`` file with a field ``text``, or the sources of
-Python's standard library. Every benchmark first shows that both give the same result.
+The text is that of conftest.py. Every benchmark first shows that both give the same result.
 """
-
-import gzip
-import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,15 +19,6 @@ each_variant = pytest.mark.parametrize(("name", "threads"), VARIANTS)
 
 
 @pytest.fixture(scope="module")
-def texts():
-    if path := os.environ.get("TINYLM_BENCH_DATA"):
-        with gzip.open(path, "rb") as file:
-            return [json.loads(line)["text"] for line in file]
-    sources = sorted(Path(os.__file__).parent.glob("*.py")) * 4
-    return [source.read_text(encoding="utf-8") for source in sources]
-
-
-@pytest.fixture(scope="module")
 def tokenizer(texts):
     return WordTokenizer.train(texts, VOCAB_SIZE)
 
@@ -45,16 +30,13 @@ def expected(tokenizer, texts):
 
 
 @pytest.fixture
-def measure(benchmark, texts, name, threads):
-    """Times a function over all the texts; the Python one once, for it is slow."""
-    megabytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) / 1e6
+def measure(benchmark, report, name, threads):
+    """Times a function over all the texts; the Python one less often, for it is slow."""
 
     def run(function):
         rounds = 2 if name == "python" else 10
         result = benchmark.pedantic(function, rounds=rounds, warmup_rounds=rounds // 10)
-        if benchmark.stats is not None:
-            benchmark.extra_info["MB/s"] = round(megabytes / benchmark.stats["min"], 1)
-        benchmark.extra_info |= {"MB": round(megabytes, 1), "threads": threads}
+        report(side=name, threads=threads)
         return result
 
     return run

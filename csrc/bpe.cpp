@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <limits>
-#include <queue>
+#include <set>
 #include <stdexcept>
 #include <utility>
+
+#include "merge_queue.hpp"
 
 namespace tinylm {
 
@@ -16,6 +17,12 @@ constexpr std::uint32_t kNoRank = std::numeric_limits<std::uint32_t>::max();
 
 // Up to this many bytes, scanning all ranks for the lowest beats a heap.
 constexpr std::size_t kMaxShortPiece = 48;
+
+// After so many bytes, or steps that take about as long, it is asked whether to go on.
+constexpr std::size_t kPollBytes = std::size_t{1} << 16;
+
+// Working memory for longer pieces, which are rare, is given back.
+constexpr std::size_t kMaxKeptSymbols = std::size_t{1} << 18;
 
 // More idle scratches than this are not worth their memory.
 constexpr std::size_t kMaxPool = 64;
@@ -79,7 +86,11 @@ class PieceCache {
   }
 
  private:
+#ifdef TINYLM_FUZZING
+  static constexpr std::size_t kSlots = 16;  // quickly made, and pieces get in each other's way
+#else
   static constexpr std::size_t kSlots = std::size_t{1} << 16;
+#endif
 
   template <class Word>
   static Word load(const char* at) {
@@ -111,14 +122,14 @@ class BpeModel::Scratch {
   PieceCache cache;
   std::string prefixed;
 
-  // The linked list and the heap of merge_long.
+  // The linked list and the queue of merge_long.
   struct Symbol {
     TokenId id;
     std::uint32_t rank;  // of the merge with the next symbol
     std::uint32_t previous, next;
   };
   std::vector<Symbol> symbols;
-  std::vector<std::uint64_t> heap;
+  std::unique_ptr<MergeQueue> queue;
 };
 
 BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>& merges,
@@ -126,15 +137,17 @@ BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>&
                    const std::vector<TokenId>& special_ids, BpeOptions options)
     : tokens_(std::move(tokens)), byte_ids_(byte_ids), options_(options) {
   pool_.reserve(kMaxPool);  // So that giving a scratch back cannot throw.
-  for (std::size_t rank = 0; rank < merges.size(); ++rank) {
-    const BpeMerge& merge = merges[rank];
-    merges_[pair_key(merge.left, merge.right)] = {static_cast<std::uint32_t>(rank), merge.result};
+  for (std::size_t place = 0; place < merges.size(); ++place) {
+    const BpeMerge& merge = merges[place];
+    const auto rank = options_.ranks_are_ids ? merge.result : static_cast<std::uint32_t>(place);
+    merges_[pair_key(merge.left, merge.right)] = {rank, merge.result};
+    ranks_ = std::max<std::size_t>(ranks_, std::size_t{rank} + 1);
   }
   if (options_.ignore_merges) {
-    for (std::size_t id = 0; id < tokens_.size(); ++id) {
-      whole_pieces_.emplace(tokens_[id], static_cast<TokenId>(id));
+    const std::set<TokenId> special(special_ids.begin(), special_ids.end());
+    for (TokenId id = 0; id < tokens_.size(); ++id) {
+      if (special.count(id) == 0) whole_pieces_.emplace(tokens_[id], id);
     }
-    for (const TokenId id : special_ids) whole_pieces_.erase(tokens_[id]);
   }
 }
 
@@ -159,18 +172,25 @@ ScratchLease::~ScratchLease() {
   }
 }
 
-void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids) const {
+void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids,
+                      Watch& watch) const {
   if (options_.add_prefix_space && !text.empty() && text.front() != ' ') {
     scratch.prefixed.assign(1, ' ').append(text);
     text = scratch.prefixed;
   }
-  for_each_piece(SplitPattern::kGpt2, text,
-                 [&](std::string_view piece) { encode_piece(piece, scratch, ids); });
+  const char* next_poll = text.data() + kPollBytes;
+  for_each_piece(options_.pattern, text, [&](std::string_view piece) {
+    if (piece.data() >= next_poll) {
+      watch.poll();
+      next_poll = piece.data() + kPollBytes;
+    }
+    encode_piece(piece, scratch, ids, watch);
+  });
 }
 
-void BpeModel::encode_piece(std::string_view piece, Scratch& scratch,
-                            std::vector<TokenId>& ids) const {
-  if (piece.size() > PieceCache::kMaxBytes) return merge_piece(piece, scratch, ids);
+void BpeModel::encode_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
+                            Watch& watch) const {
+  if (piece.size() > PieceCache::kMaxBytes) return merge_piece(piece, scratch, ids, watch);
   const PieceCache::Key key(piece);
   PieceCache::Slot& slot = scratch.cache.slot_of(key);
   if (slot.holds(key)) {
@@ -178,19 +198,19 @@ void BpeModel::encode_piece(std::string_view piece, Scratch& scratch,
     return;
   }
   const std::size_t start = ids.size();
-  merge_piece(piece, scratch, ids);
+  merge_piece(piece, scratch, ids, watch);
   const std::size_t count = ids.size() - start;
   if (count <= PieceCache::kMaxIds) PieceCache::fill(slot, key, &ids[start], count);
 }
 
-void BpeModel::merge_piece(std::string_view piece, Scratch& scratch,
-                           std::vector<TokenId>& ids) const {
+void BpeModel::merge_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
+                           Watch& watch) const {
   if (options_.ignore_merges) {
     const auto found = whole_pieces_.find(piece);
     if (found != whole_pieces_.end()) return ids.push_back(found->second);
   }
   if (piece.size() <= kMaxShortPiece) return merge_short(piece, ids);
-  merge_long(piece, scratch, ids);
+  merge_long(piece, scratch, ids, watch);
 }
 
 // Merges, again and again, the leftmost pair of lowest rank.
@@ -220,15 +240,17 @@ void BpeModel::merge_short(std::string_view piece, std::vector<TokenId>& ids) co
   ids.insert(ids.end(), symbols, symbols + count);
 }
 
-// The same with a linked list and a heap of (rank, position), for n log n. An entry of the heap is
-// stale when its symbol is gone or now has another rank, and is then dropped.
-void BpeModel::merge_long(std::string_view piece, Scratch& scratch,
-                          std::vector<TokenId>& ids) const {
+// The same with a linked list and a queue of (rank, position). An entry of the queue is stale when
+// its symbol is gone or now has another rank, and is then dropped.
+void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
+                          Watch& watch) const {
   if (piece.size() >= kNoRank) throw std::length_error("a piece of text is longer than 4 GiB");
   constexpr std::uint32_t kEnd = kNoRank;
   const auto count = static_cast<std::uint32_t>(piece.size());
+  if (!scratch.queue) scratch.queue = std::make_unique<MergeQueue>(ranks_);
+  // Taken out of the scratch: if this is stopped half-way, the next piece gets a new one.
+  std::unique_ptr<MergeQueue> queue = std::move(scratch.queue);
   auto& symbols = scratch.symbols;
-  auto& heap = scratch.heap;
   const auto rank_pair = [&](std::uint32_t i) {
     Scratch::Symbol& symbol = symbols[i];
     symbol.rank = kNoRank;
@@ -236,28 +258,21 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch,
     const RankAndResult* const merge = merges_.find(pair_key(symbol.id, symbols[symbol.next].id));
     if (!merge) return;
     symbol.rank = merge->rank;
-    heap.push_back(std::uint64_t{merge->rank} << 32 | i);
-  };
-  const auto push_pair = [&](std::uint32_t i) {
-    const std::size_t before = heap.size();
-    rank_pair(i);
-    if (heap.size() != before) std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    queue->push({merge->rank, i});
   };
 
   symbols.resize(count);
-  heap.clear();
   for (std::uint32_t i = 0; i < count; ++i) {
     const TokenId id = byte_ids_[static_cast<unsigned char>(piece[i])];
     symbols[i] = {id, kNoRank, i == 0 ? kEnd : i - 1, i + 1 == count ? kEnd : i + 1};
   }
-  for (std::uint32_t i = 0; i < count; ++i) rank_pair(i);
-  std::make_heap(heap.begin(), heap.end(), std::greater<>());
-
-  while (!heap.empty()) {
-    std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-    const auto i = static_cast<std::uint32_t>(heap.back());
-    const auto rank = static_cast<std::uint32_t>(heap.back() >> 32);
-    heap.pop_back();
+  for (std::uint32_t i = 0; i < count; ++i) {
+    if (i % kPollBytes == 0) watch.poll();
+    rank_pair(i);
+  }
+  for (std::size_t steps = 0; !queue->empty(); ++steps) {
+    if (steps % kPollBytes == 0) watch.poll();
+    const auto [rank, i] = queue->pop();
     Scratch::Symbol& symbol = symbols[i];
     if (symbol.rank != rank) continue;
     Scratch::Symbol& absorbed = symbols[symbol.next];
@@ -265,10 +280,17 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch,
     absorbed.rank = kNoRank;
     symbol.next = absorbed.next;
     if (symbol.next != kEnd) symbols[symbol.next].previous = i;
-    if (symbol.previous != kEnd) push_pair(symbol.previous);
-    push_pair(i);
+    if (symbol.previous != kEnd) rank_pair(symbol.previous);
+    rank_pair(i);
   }
   for (std::uint32_t i = 0; i != kEnd; i = symbols[i].next) ids.push_back(symbols[i].id);
+
+  if (count > kMaxKeptSymbols) {
+    std::vector<Scratch::Symbol>().swap(symbols);
+    return;
+  }
+  queue->reset();
+  scratch.queue = std::move(queue);
 }
 
 }  // namespace tinylm

@@ -13,6 +13,11 @@ namespace tinylm {
 
 namespace {
 
+// After so many bytes of text, it is asked whether to go on.
+constexpr std::size_t kPollBytes = std::size_t{1} << 16;
+// The same, for words.
+constexpr std::size_t kPollWords = std::size_t{1} << 12;
+
 std::uint64_t hash_bytes(std::string_view bytes) {
   std::uint64_t mixed = bytes.size() * 0x9E3779B97F4A7C15u;
   const char* at = bytes.data();
@@ -72,9 +77,16 @@ void BpeCounter::reserve_workers(int threads) {
   if (workers_.size() < wanted) workers_.resize(wanted);
 }
 
-void BpeCounter::add(std::string_view text, int worker) {
+void BpeCounter::add(std::string_view text, int worker, Watch& watch) {
   PieceCounter& counter = workers_[static_cast<std::size_t>(worker)];
-  for_each_piece(pattern_, text, [&](std::string_view piece) { counter.add(piece); });
+  const char* next_poll = text.data() + kPollBytes;
+  for_each_piece(pattern_, text, [&](std::string_view piece) {
+    if (piece.data() >= next_poll) {
+      watch.poll();
+      next_poll = piece.data() + kPollBytes;
+    }
+    counter.add(piece);
+  });
 }
 
 void BpeCounter::join_workers() {
@@ -108,8 +120,8 @@ namespace {
 class Trainer {
  public:
   Trainer(const std::vector<PieceCounter::Entry>& pieces, const std::array<TokenId, 256>& byte_ids,
-          TokenId first_free_id)
-      : first_free_id_(first_free_id) {
+          TokenId first_free_id, Watch& watch)
+      : first_free_id_(first_free_id), watch_(watch) {
     add_single_bytes(byte_ids);
     add_words(pieces, byte_ids);
     count_pairs();
@@ -130,7 +142,10 @@ class Trainer {
       const auto right = static_cast<TokenId>(top.key);
       const BpeMerge merge{left, right, id_of_joined(left, right)};
       merges.push_back(merge);
-      for (const std::uint32_t word : top.words) merge_in_word(word, merge);
+      for (std::size_t i = 0; i < top.words.size(); ++i) {
+        if (i % kPollWords == 0) watch_.poll();
+        merge_in_word(top.words[i], merge);
+      }
       push_new_pairs();
     }
     return merges;
@@ -185,6 +200,7 @@ class Trainer {
 
   void count_pairs() {
     for (std::uint32_t w = 0; w < words_.size(); ++w) {
+      if (w % kPollWords == 0) watch_.poll();
       const TokenId* const symbols = &symbols_[words_[w].offset];
       for (std::size_t i = 0; i + 1 < words_[w].length; ++i) {
         add_pair(symbols[i], symbols[i + 1], w);
@@ -270,14 +286,15 @@ class Trainer {
   std::vector<std::string> spelling_;  // by id; empty for tokens that are not made of bytes
   std::unordered_map<std::string, TokenId> ids_;
   TokenId first_free_id_;
+  Watch& watch_;
 };
 
 }  // namespace
 
 std::vector<BpeMerge> train_bpe(const std::vector<PieceCounter::Entry>& pieces,
                                 const std::array<TokenId, 256>& byte_ids, TokenId first_free_id,
-                                std::size_t vocab_size, std::int64_t min_frequency) {
-  return Trainer(pieces, byte_ids, first_free_id).run(vocab_size, min_frequency);
+                                std::size_t vocab_size, std::int64_t min_frequency, Watch& watch) {
+  return Trainer(pieces, byte_ids, first_free_id, watch).run(vocab_size, min_frequency);
 }
 
 }  // namespace tinylm

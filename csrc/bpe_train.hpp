@@ -50,15 +50,16 @@ class PieceCounter {
 // run at once hold `lock` around what they do.
 class BpeCounter {
  public:
-  explicit BpeCounter(SplitPattern pattern = SplitPattern::kGpt2) : pattern_(pattern) {}
+  explicit BpeCounter(SplitPattern pattern) : pattern_(pattern) {}
 
   [[nodiscard]] std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
 
   // Makes room for workers 0 .. threads - 1; call it before they start.
   void reserve_workers(int threads);
 
-  // Counts the pieces of `text`, valid UTF-8, in the table of `worker`.
-  void add(std::string_view text, int worker);
+  // Counts the pieces of `text`, valid UTF-8, in the table of `worker`. Stopped by `watch`, it has
+  // counted some of them.
+  void add(std::string_view text, int worker, Watch& watch);
 
   // How many distinct pieces there are.
   std::size_t size();
@@ -84,6 +85,6 @@ class BpeCounter {
 // not grow. These are the merges of Hugging Face tokenizers' BpeTrainer.
 std::vector<BpeMerge> train_bpe(const std::vector<PieceCounter::Entry>& pieces,
                                 const std::array<TokenId, 256>& byte_ids, TokenId first_free_id,
-                                std::size_t vocab_size, std::int64_t min_frequency);
+                                std::size_t vocab_size, std::int64_t min_frequency, Watch& watch);
 
 }  // namespace tinylm

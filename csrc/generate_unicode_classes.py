@@ -1,4 +1,4 @@
-"""Writes the letter, number and white-space ranges that the BPE pre-tokenizer uses.
+"""Writes the ranges of letters, marks, numbers and white space that splitting patterns use.
 
 Usage: python csrc/generate_unicode_classes.py [UNICODE_VERSION]
 
@@ -23,7 +23,17 @@ WHITE_SPACE = frozenset(
     [*range(0x09, 0x0E), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F]
 ) | {0x205F, 0x3000}
 
-Ranges = list[tuple[int, int]]
+# General categories that the patterns only ever name together share a class.
+CATEGORIES = {
+    "Upper": ("Lu", "Lt"),
+    "Lower": ("Ll",),
+    "Uncased": ("Lm", "Lo"),
+    "Mark": ("Mn", "Mc", "Me"),
+    "Number": ("Nd", "Nl", "No"),
+}
+
+# First, last, step. The step is 2 where upper and lower case take turns.
+Ranges = list[tuple[int, int, int]]
 
 
 def category_of(version: str) -> Callable[[str], str]:
@@ -42,13 +52,13 @@ def category_of(version: str) -> Callable[[str], str]:
 def ranges_where(holds: Callable[[int], bool]) -> Ranges:
     """The code points where ``holds``, as inclusive ranges in rising order."""
     ranges: Ranges = []
-    for code_point in range(sys.maxunicode + 1):
-        if not holds(code_point):
-            continue
-        if ranges and ranges[-1][1] == code_point - 1:
-            ranges[-1] = (ranges[-1][0], code_point)
+    for code_point in filter(holds, range(sys.maxunicode + 1)):
+        first, last, step = ranges[-1] if ranges else (0, -3, 1)
+        gap = code_point - last
+        if gap == step or (first == last and gap == 2):
+            ranges[-1] = (first, code_point, gap)
         else:
-            ranges.append((code_point, code_point))
+            ranges.append((code_point, code_point, 1))
     return ranges
 
 
@@ -56,13 +66,15 @@ def cpp_text(version: str, classes: dict[str, Ranges]) -> str:
     """A header with one array of inclusive ranges per class."""
     blocks = []
     for name, ranges in classes.items():
-        items = " ".join(f"{{0x{first:X},0x{last:X}}}," for first, last in ranges)
+        items = " ".join(
+            f"{{0x{first:X},0x{last:X}{',2' * (step == 2)}}}," for first, last, step in ranges
+        )
         body = textwrap.fill(items, 98, initial_indent="    ", subsequent_indent="    ")
         blocks.append(f"constexpr CodePointRange k{name}Ranges[] = {{\n{body}\n}};\n")
     return (
         f"// Written by generate_unicode_classes.py from Unicode {version}; do not edit.\n"
         "#pragma once\n\n#include <cstdint>\n\nnamespace tinylm {\n\n"
-        "struct CodePointRange {\n  std::uint32_t first, last;\n};\n\n"
+        "struct CodePointRange {\n  std::uint32_t first, last;\n  std::uint32_t step = 1;\n};\n\n"
         f'constexpr const char* kClassesUnicodeVersion = "{version}";\n\n'
         "// clang-format off\n"
         + "\n".join(blocks)
@@ -74,11 +86,11 @@ def python_text(version: str, classes: dict[str, Ranges]) -> str:
     """A module with one string of hexadecimal ranges per class."""
     blocks = []
     for name, ranges in classes.items():
-        items = " ".join(f"{first:X}-{last:X}" for first, last in ranges)
+        items = " ".join(f"{first:X}-{last:X}{'/2' * (step == 2)}" for first, last, step in ranges)
         body = textwrap.fill(items, 98, break_on_hyphens=False)
         blocks.append(f'{name.upper()} = """\n{body}\n"""\n')
     return (
-        f'"""Inclusive hexadecimal ranges of Unicode {version}.\n\n'
+        f'"""Inclusive hexadecimal ranges of Unicode {version}; "/2" takes every other one.\n\n'
         'Written by csrc/generate_unicode_classes.py; do not edit.\n"""\n\n'
         f'UNICODE_VERSION = "{version}"\n\n' + "\n".join(blocks)
     )
@@ -86,11 +98,12 @@ def python_text(version: str, classes: dict[str, Ranges]) -> str:
 
 def main(version: str) -> None:
     category = category_of(version)
+    categories = [category(chr(code_point)) for code_point in range(sys.maxunicode + 1)]
     classes = {
-        "Letter": ranges_where(lambda code_point: category(chr(code_point))[0] == "L"),
-        "Number": ranges_where(lambda code_point: category(chr(code_point))[0] == "N"),
-        "Space": ranges_where(WHITE_SPACE.__contains__),
+        name: ranges_where(lambda code_point, members=members: categories[code_point] in members)
+        for name, members in CATEGORIES.items()
     }
+    classes["Space"] = ranges_where(WHITE_SPACE.__contains__)
     outputs = {
         ROOT / "csrc" / "unicode_class_ranges.hpp": cpp_text(version, classes),
         ROOT / "tinylm" / "tokenizer" / "unicode_classes.py": python_text(version, classes),

@@ -11,17 +11,20 @@ namespace {
 template <std::size_t N>
 void assign(std::vector<CharClass>& classes, const CodePointRange (&ranges)[N], CharClass value) {
   for (const CodePointRange& range : ranges) {
-    for (std::uint32_t c = range.first; c <= range.last; ++c) classes[c] = value;
+    for (std::uint32_t c = range.first; c <= range.last; c += range.step) classes[c] = value;
   }
 }
 
 }  // namespace
 
 CharClassTable::CharClassTable() {
-  std::vector<CharClass> classes(kCodePoints, CharClass::kOther);
-  assign(classes, kLetterRanges, CharClass::kLetter);
-  assign(classes, kNumberRanges, CharClass::kNumber);
-  assign(classes, kSpaceRanges, CharClass::kSpace);
+  std::vector<CharClass> classes(kCodePoints, kOther);
+  assign(classes, kUpperRanges, kUpper);
+  assign(classes, kLowerRanges, kLower);
+  assign(classes, kUncasedRanges, kUncased);
+  assign(classes, kMarkRanges, kMark);
+  assign(classes, kNumberRanges, kNumber);
+  assign(classes, kSpaceRanges, kSpace);
 
   std::map<Block, std::uint16_t> seen;
   for (std::size_t i = 0; i < block_of_.size(); ++i) {

@@ -1,4 +1,4 @@
-// The character classes that BPE splitting patterns are made of: \p{L}, \p{N}, \s and the rest.
+// The character classes that BPE splitting patterns are made of.
 #pragma once
 
 #include <array>
@@ -7,7 +7,19 @@
 
 namespace tinylm {
 
-enum class CharClass : std::uint8_t { kOther, kLetter, kNumber, kSpace };
+// Each class is a bit, so that a set of classes is their sum.
+enum CharClass : std::uint8_t {
+  kOther = 1,
+  kMark = 2,      // \p{M}
+  kUpper = 4,     // \p{Lu} and \p{Lt}
+  kLower = 8,     // \p{Ll}
+  kUncased = 16,  // \p{Lm} and \p{Lo}
+  kNumber = 32,   // \p{N}
+  kSpace = 64,    // \s
+};
+using CharClasses = int;
+constexpr CharClasses kLetter = kUpper | kLower | kUncased;  // \p{L}
+constexpr CharClasses kSymbol = kOther | kMark;              // [^\s\p{L}\p{N}]
 
 // Classes by code point, in blocks of 256; equal blocks are stored once.
 class CharClassTable {

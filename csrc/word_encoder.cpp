@@ -78,11 +78,13 @@ void WordEncoder::encode(const std::vector<TextView>& texts, const std::vector<T
   const int workers = resolve_threads(threads, pieces.size());
   std::vector<Run> runs =
       cut_runs(pieces, add_eos, max_ids(pieces, texts.size(), add_eos), workers);
-  parallel_for(runs.size(), workers, [&](std::size_t task, int) {
+  Watch watch;
+  parallel_for(runs.size(), workers, watch, [&](std::size_t task, int) {
     Run& run = runs[task];
     WordFinder finder;
     Id* end = out + run.room;
     for (std::size_t i = run.first_piece; i < run.last_piece; ++i) {
+      watch.poll();
       const std::size_t text = pieces[i].text;
       end = encode_words(finder.find_words(texts[text], pieces[i]), end);
       const bool ends_text = i + 1 == pieces.size() || pieces[i + 1].text != text;

@@ -6,71 +6,28 @@ import os
 import pickle
 import random
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
-import regex
 import tokenizers
+from bpe_texts import FRAGMENTS, awkward, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinylm.errors import InputError
-from tinylm.tokenizer import bpe_reference, unicode_classes
+from tinylm.tokenizer import bpe_reference
 from tinylm.tokenizer.backend import compiled
 from tinylm.tokenizer.bpe import BPETokenizer
-from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, EOS, BPEVocabulary, to_alphabet
+from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, EOS, BPEVocabulary
+from tinylm.tokenizer.split_patterns import PATTERNS, REGEX
 
 C = compiled()
 needs_extension = pytest.mark.skipif(C is None, reason="the compiled extension is not in use")
 
-# As published with GPT-2.
-PUBLISHED = regex.compile(
-    r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-)
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-# Fragments that make the pattern's alternatives compete.
-FRAGMENTS = [
-    *" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u180e\u200b\ufeff",
-    *("  ", "   ", "\r\n", "\n\n", " \n", "\n ", "\t\t "),
-    *("'s", "'S", "'t", "'re", "'ve", "'m", "'ll", "'d", "'l", "'r", "'", "''", "’s", "n't"),
-    *"aZéßſıİΣςあ漢가اनͅ\u0301\u0308\u200d\U0001d400\U00020000\U00031350",
-    *"019²½Ⅷ٣०㊿\U0001d7d8\U00010107",
-    *("word", "the", "Hello", "don't", "12345", "...", "!?", "--", "==", "_", "<|endoftext|>"),
-    *"\x00\x01\x7f\u00ad\ufffd\uffff\ue000\U0010ffff\U0001f600\U0001f468\u200d\ufe0f",
-]
-awkward = st.one_of(
-    st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join),
-    st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=30),
-    st.text(alphabet=" a'1\n.é", max_size=40),
-)
-
-
-def prose(seed, size=4000):
-    """Made-up text with few distinct words, so that pairs are frequent and many counts tie."""
-    rng = random.Random(seed)
-    syllables = [
-        "ka",
-        "to",
-        "mi",
-        "re",
-        "é",
-        "漢字",
-        "sch",
-        "ing",
-        "a",
-        "aa",
-        "12",
-        "'s",
-        "-",
-        "\n",
-    ]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(150)]
-    return " ".join(rng.choices(words, weights=range(150, 0, -1), k=size))
 
 
 def reference_of(tokenizer):
@@ -81,7 +38,9 @@ def reference_of(tokenizer):
         byte_ids=vocabulary.byte_ids(),
         special_ids=vocabulary.special_ids,
         ignore_merges=vocabulary.ignore_merges,
+        ranks_are_ids=vocabulary.ranks_are_ids,
         add_prefix_space=vocabulary.add_prefix_space,
+        pattern=vocabulary.pattern,
     )
 
 
@@ -91,9 +50,13 @@ def load_in_hf(path):
     return other
 
 
-def train_in_hf(texts, vocab_size, min_frequency=2, **kwargs):
+def train_in_hf(texts, vocab_size, min_frequency=2, pattern="gpt2", **kwargs):
     other = tokenizers.Tokenizer(models.BPE(**kwargs))
     other.pre_tokenizer = BYTE_LEVEL
+    if pattern != "gpt2":
+        split = pre_tokenizers.Split(tokenizers.Regex(REGEX[pattern]), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        other.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     other.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -131,109 +94,6 @@ def file(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hf(file):
     return load_in_hf(file)
-
-
-# Splitting
-
-
-SPLITTERS = [pytest.param(bpe_reference.pretokenize, id="python")]
-if C is not None:
-    SPLITTERS.append(pytest.param(C.bpe_pretokenize, id="c++"))
-
-
-@pytest.mark.parametrize("split", SPLITTERS)
-@given(text=awkward)
-@settings(max_examples=400)
-def test_pieces_are_those_of_the_published_pattern(split, text):
-    assert split(text) == PUBLISHED.findall(text)
-
-
-@pytest.mark.parametrize("split", SPLITTERS)
-@given(text=awkward)
-@settings(max_examples=200)
-def test_pieces_are_those_of_tokenizers(split, text):
-    expected = [piece for piece, _ in BYTE_LEVEL.pre_tokenize_str(text)]
-    assert [to_alphabet(piece.encode()) for piece in split(text)] == expected
-
-
-@pytest.mark.parametrize("split", SPLITTERS)
-@pytest.mark.parametrize(
-    ("text", "pieces"),
-    [
-        ("", []),
-        ("   ", ["   "]),
-        ("  a", [" ", " a"]),
-        (" \na", [" ", "\n", "a"]),
-        ("a \n\n b", ["a", " \n\n", " b"]),
-        ("it's I'LL", ["it", "'s", " I", "'", "LL"]),
-        ("'tis ''s", ["'t", "is", " ''", "s"]),
-        ("x\u3000\u3000y", ["x", "\u3000", "\u3000", "y"]),
-        ("1a²", ["1", "a", "²"]),
-        ("e\u0301", ["e", "\u0301"]),
-    ],
-)
-def test_known_pieces(split, text, pieces):
-    assert split(text) == pieces
-
-
-def class_letters(ranges):
-    return {
-        chr(code)
-        for item in ranges.split()
-        for first, last in [item.split("-")]
-        for code in range(int(first, 16), int(last, 16) + 1)
-    }
-
-
-CLASSES = {
-    "L": class_letters(unicode_classes.LETTER),
-    "N": class_letters(unicode_classes.NUMBER),
-    "s": class_letters(unicode_classes.SPACE),
-}
-
-
-def class_of(char):
-    return next((name for name, chars in CLASSES.items() if char in chars), "other")
-
-
-def all_characters():
-    return (chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
-
-
-def probed_class(split, char):
-    """The class that ``split`` gives ``char``, seen from which neighbours it joins."""
-    probes = {"L": f"a{char}a", "N": f"1{char}1", "other": f"!{char}!"}
-    return next((name for name, text in probes.items() if len(split(text)) == 1), "s")
-
-
-@needs_extension
-def test_compiled_classes_are_those_of_the_specification_for_all_characters():
-    assert C.bpe_unicode_version == unicode_classes.UNICODE_VERSION
-    wrong = [c for c in all_characters() if probed_class(C.bpe_pretokenize, c) != class_of(c)]
-    assert wrong == []
-
-
-def test_classes_differ_from_the_regex_packages_only_where_its_unicode_is_newer():
-    patterns = {
-        "L": regex.compile(r"\p{L}"),
-        "N": regex.compile(r"\p{N}"),
-        "s": regex.compile(r"\s"),
-    }
-    text = "".join(all_characters())
-    for name, pattern in patterns.items():
-        theirs = set(pattern.findall(text))
-        assert CLASSES[name] <= theirs
-        assert all(class_of(c) == "other" for c in theirs - CLASSES[name])
-
-
-@pytest.mark.slow
-def test_classes_are_those_of_tokenizers_for_all_characters():
-    def split(text):
-        return BYTE_LEVEL.pre_tokenize_str(text)
-
-    if probed_class(split, "\u1c89") != "L" or probed_class(split, "\U00010940") != "other":
-        pytest.skip(f"tokenizers {tokenizers.__version__} does not have Unicode 16.0")
-    assert [c for c in all_characters() if probed_class(split, c) != class_of(c)] == []
 
 
 # Encoding and decoding
@@ -289,13 +149,6 @@ def test_long_runs_have_the_ids_of_tokenizers(tokenizer, hf, unit):
     for length in (1, 2, 15, 23, 24, 47, 48, 49, 50, 1000):
         text = unit * length
         assert tokenizer.encode(text) == hf.encode(text, add_special_tokens=False).ids
-
-
-def test_a_million_of_one_letter(tokenizer):
-    ids = tokenizer.encode("a" * 1_000_000)
-    assert tokenizer.decode(ids) == "a" * 1_000_000
-    longest = len(tokenizer.id_to_token(ids[0]))
-    assert len(ids) <= 1_000_000 // longest + longest
 
 
 @needs_extension
@@ -394,7 +247,7 @@ def test_ties_and_overlaps_are_merged_as_in_tokenizers(text):
 @given(texts=st.lists(awkward, min_size=1, max_size=6))
 @settings(max_examples=60)
 def test_the_compiled_counter_is_the_specification(texts):
-    counters = C.BPECounter(), bpe_reference.BPECounter()
+    counters = C.BPECounter("gpt2"), bpe_reference.BPECounter("gpt2")
     for counter in counters:
         counter.add(texts, False, 2)
     (pieces, counts), (expected_pieces, expected_counts) = (counter.items() for counter in counters)
@@ -441,7 +294,77 @@ def test_ids_begin_with_the_special_token_and_the_bytes(tokenizer):
     assert tokenizer.vocab_size == len(tokenizer.vocab) == 500
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_merges_of_each_pattern_are_those_of_tokenizers(pattern):
+    texts = [prose(1, size=400), " ".join(FRAGMENTS) * 3]
+    ours = BPETokenizer.train(texts, 700, pattern=pattern)
+    theirs = train_in_hf(texts, 700, pattern=pattern)
+    assert merges_of(ours) == merges_of_hf(theirs)
+
+
 # Files
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def of_each_pattern(request, tmp_path_factory):
+    """A tokenizer, and tokenizers' reading of its file."""
+    texts = [prose(1), " ".join(FRAGMENTS) * 3]
+    trained = BPETokenizer.train(texts, vocab_size=700, pattern=request.param)
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    trained.save(path)
+    assert BPETokenizer.load(path)._vocabulary.pattern == request.param
+    return BPETokenizer.load(path), load_in_hf(path)
+
+
+@given(text=awkward)
+@settings(max_examples=200)
+def test_ids_of_each_pattern_are_those_of_tokenizers(of_each_pattern, text):
+    ours, theirs = of_each_pattern
+    expected = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) == expected
+    assert reference_of(ours).encode(text, replace=False) == expected
+    assert ours.decode(expected) == text
+
+
+def test_a_split_that_keeps_its_matches_is_the_same_as_one_that_isolates_them(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    BPETokenizer.train([prose(1)], 300, pattern="o200k").save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    ours, theirs = BPETokenizer.load(path), load_in_hf(path)
+    text = prose(2)
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+def change(**paths):
+    """A function that sets values in a nested object; keys are paths joined by two underscores."""
+
+    def apply(content):
+        for path, value in paths.items():
+            *parents, last = path.split("__")
+            target = content
+            for key in parents:
+                target = target[key]
+            target[last] = value
+
+    return apply
+
+
+def split_step(**changes):
+    return {
+        "type": "Split",
+        "pattern": {"Regex": REGEX["cl100k"]},
+        "behavior": "Isolated",
+        "invert": False,
+    } | changes
+
+
+def sequence(*steps):
+    return change(pre_tokenizer={"type": "Sequence", "pretokenizers": list(steps)})
+
+
+UNSPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 
 
 def test_saving_and_loading_change_nothing(tokenizer, file, tmp_path):
@@ -490,20 +413,6 @@ def test_a_special_token_at_the_end_is_the_eos(tmp_path):
     assert loaded.decode([loaded.eos_id]) == "<|im_end|>"
 
 
-def change(**paths):
-    """A function that sets values in a nested object; keys are paths joined by two underscores."""
-
-    def apply(content):
-        for path, value in paths.items():
-            *parents, last = path.split("__")
-            target = content
-            for key in parents:
-                target = target[key]
-            target[last] = value
-
-    return apply
-
-
 def rename_token(old, new):
     def apply(content):
         vocab = content["model"]["vocab"]
@@ -521,6 +430,15 @@ def rename_token(old, new):
         (change(pre_tokenizer={"type": "Metaspace"}), 'pre_tokenizer "Metaspace"'),
         (change(pre_tokenizer=None), "pre_tokenizer null"),
         (change(pre_tokenizer__use_regex=False), "use_regex false"),
+        (sequence(UNSPLIT), "pre_tokenizer Sequence of ByteLevel, which is not supported"),
+        (sequence({"type": "Digits"}, UNSPLIT), "pre_tokenizer Sequence of Digits and ByteLevel"),
+        (sequence(split_step(), UNSPLIT | {"use_regex": True}), "use_regex true: not supported"),
+        (sequence(split_step(), UNSPLIT | {"add_prefix_space": True}), "add_prefix_space true"),
+        (sequence(split_step(behavior="Removed"), UNSPLIT), "pre_tokenizer Split with Removed"),
+        (sequence(split_step(invert=True), UNSPLIT), "pre_tokenizer Split with Isolated"),
+        (sequence(split_step(pattern={"Regex": "x+"}), UNSPLIT), 'the pattern {"Regex": "x+"}'),
+        (sequence(split_step(pattern={"String": " "}), UNSPLIT), 'the pattern {"String": " "}'),
+        (sequence(split_step(pattern=" "), UNSPLIT), "the pattern of Split is not a JSON object"),
         (change(decoder={"type": "Fuse"}), 'decoder "Fuse"'),
         (change(post_processor={"type": "TemplateProcessing"}), "TemplateProcessing"),
         (change(model__type="WordPiece"), 'model "WordPiece"'),
@@ -608,6 +526,8 @@ def test_bad_arguments(tokenizer):
         BPETokenizer.train(["a"], min_frequency=0)
     with pytest.raises(InputError, match="threads is 0"):
         tokenizer.encode_batch(["a"], threads=0)
+    with pytest.raises(InputError, match="pattern is 'gpt5'; it must be one of gpt2, cl100k"):
+        BPETokenizer.train(["a"], pattern="gpt5")
     with pytest.raises(InputError, match="errors is 'ignore'"):
         tokenizer.encode("a", errors="ignore")
     for function in (BPETokenizer.train, tokenizer.encode_batch, BPETokenizer.counter().add):
@@ -659,3 +579,8 @@ def test_the_python_implementation_gives_the_same(file, tokenizer, monkeypatch):
         slow.decode([0.5])
     again = BPETokenizer.train([prose(0), " ".join(FRAGMENTS) * 3], vocab_size=500)
     assert merges_of(again) == merges_of(tokenizer)
+    o200k = BPETokenizer.train([prose(1)], vocab_size=500, pattern="o200k")
+    monkeypatch.delenv("TINYLM_TOKENIZER")
+    assert merges_of(o200k) == merges_of(
+        BPETokenizer.train([prose(1)], vocab_size=500, pattern="o200k")
+    )

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -89,6 +90,15 @@ class TextBatch {
   std::vector<SourceText> views_;
 };
 
+SplitPattern to_pattern(const std::string& name) {
+  if (name == "gpt2") return SplitPattern::kGpt2;
+  if (name == "cl100k") return SplitPattern::kCl100k;
+  if (name == "cl100k_tiktoken") return SplitPattern::kCl100kTiktoken;
+  if (name == "o200k") return SplitPattern::kO200k;
+  if (name == "whitespace") return SplitPattern::kWhitespace;
+  throw py::value_error("unknown pattern " + name);
+}
+
 std::array<TokenId, 256> to_byte_ids(const std::vector<TokenId>& ids) {
   if (ids.size() != 256) throw py::value_error("byte_ids must have 256 entries");
   std::array<TokenId, 256> array;
@@ -121,7 +131,8 @@ MergeArray to_array(const std::vector<BpeMerge>& merges) {
 std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const MergeArray& merges,
                                      const std::vector<TokenId>& byte_ids,
                                      const std::vector<TokenId>& special_ids, bool ignore_merges,
-                                     bool add_prefix_space) {
+                                     bool ranks_are_ids, bool add_prefix_space,
+                                     const std::string& pattern) {
   const std::vector<BpeMerge> merge_list = to_merges(merges);
   const auto check = [&](TokenId id) {
     if (id >= tokens.size()) throw py::value_error("an id is not below the number of tokens");
@@ -133,10 +144,13 @@ std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const
   }
   std::for_each(byte_ids.begin(), byte_ids.end(), check);
   std::for_each(special_ids.begin(), special_ids.end(), check);
-  return std::make_unique<BpeModel>(std::vector<std::string>(tokens.begin(), tokens.end()),
-                                    merge_list, to_byte_ids(byte_ids), special_ids,
-                                    BpeOptions{ignore_merges, add_prefix_space});
+  return std::make_unique<BpeModel>(
+      std::vector<std::string>(tokens.begin(), tokens.end()), merge_list, to_byte_ids(byte_ids),
+      special_ids, BpeOptions{to_pattern(pattern), ignore_merges, ranks_are_ids, add_prefix_space});
 }
+
+// A list of so many ids is made between two looks at Python's signals.
+constexpr std::size_t kSignalCheckIds = std::size_t{1} << 20;
 
 py::list encode(const BpeModel& model, const py::str& text, bool replace) {
   const TextBatch batch(py::make_tuple(text));
@@ -146,10 +160,14 @@ py::list encode(const BpeModel& model, const py::str& text, bool replace) {
     const py::gil_scoped_release release;
     const ScratchLease scratch(model);
     std::string buffer;
-    model.encode(to_utf8(batch[0], buffer), *scratch, ids);
+    Watch watch;
+    model.encode(to_utf8(batch[0], buffer), *scratch, ids, watch);
   }
   py::list list(ids.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) list[i] = py::int_(ids[i]);
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (i % kSignalCheckIds == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
+    list[i] = py::int_(ids[i]);
+  }
   return list;
 }
 
@@ -169,13 +187,15 @@ EncodedChunks encode_chunks(const BpeModel& model, const TextBatch& batch,
   threads = resolve_threads(threads, chunks);
   std::vector<std::unique_ptr<ScratchLease>> scratches(static_cast<std::size_t>(threads));
   std::vector<std::string> buffers(scratches.size());
-  parallel_for(chunks, threads, [&](std::size_t chunk, int worker) {
+  Watch watch;
+  parallel_for(chunks, threads, watch, [&](std::size_t chunk, int worker) {
     auto& scratch = scratches[static_cast<std::size_t>(worker)];
     if (!scratch) scratch = std::make_unique<ScratchLease>(model);
     std::vector<TokenId>& ids = result.ids[chunk];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const std::size_t before = ids.size();
-      model.encode(to_utf8(batch[i], buffers[static_cast<std::size_t>(worker)]), **scratch, ids);
+      model.encode(to_utf8(batch[i], buffers[static_cast<std::size_t>(worker)]), **scratch, ids,
+                   watch);
       if (eos_id) ids.push_back(*eos_id);
       result.offsets[i + 1] = static_cast<std::int64_t>(ids.size() - before);
     }
@@ -224,14 +244,19 @@ py::index_error not_in_vocabulary(const BpeModel& model, const std::string& id,
 py::bytes decode_range(const BpeModel& model, const std::int64_t* first, const std::int64_t* last) {
   const auto limit = static_cast<std::int64_t>(model.vocab_size());
   std::string bytes;
-  const std::int64_t* bad = last;
+  const std::int64_t* bad = first;
   {
     const py::gil_scoped_release release;
-    bad = std::find_if(first, last, [=](std::int64_t id) { return id < 0 || id >= limit; });
     std::size_t size = 0;
-    for (auto id = first; id != bad; ++id) size += model.token(static_cast<TokenId>(*id)).size();
-    bytes.reserve(size);
-    for (auto id = first; id != bad; ++id) bytes.append(model.token(static_cast<TokenId>(*id)));
+    for (; bad != last && *bad >= 0 && *bad < limit; ++bad) {
+      const std::string_view token = model.token(static_cast<TokenId>(*bad));
+      if (token.empty()) break;
+      size += token.size();
+    }
+    if (bad == last) bytes.reserve(size);
+    for (auto id = first; bad == last && id != last; ++id) {
+      bytes.append(model.token(static_cast<TokenId>(*id)));
+    }
   }
   if (bad != last) {
     throw not_in_vocabulary(model, std::to_string(*bad), static_cast<std::size_t>(bad - first));
@@ -266,17 +291,24 @@ void count(BpeCounter& counter, const py::sequence& texts, bool replace, int thr
   threads = resolve_threads(threads, starts.size() - 1);
   counter.reserve_workers(threads);
   std::vector<std::string> buffers(static_cast<std::size_t>(threads));
-  parallel_for(starts.size() - 1, threads, [&](std::size_t chunk, int worker) {
+  Watch watch;
+  parallel_for(starts.size() - 1, threads, watch, [&](std::size_t chunk, int worker) {
     std::string& buffer = buffers[static_cast<std::size_t>(worker)];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
-      counter.add(to_utf8(batch[i], buffer), worker);
+      counter.add(to_utf8(batch[i], buffer), worker, watch);
     }
   });
 }
 
 std::pair<py::list, py::array> counted_items(BpeCounter& counter) {
-  const auto lock = counter.lock();
-  const std::vector<PieceCounter::Entry> entries = counter.sorted_entries();
+  // Who holds the lock may wait for the GIL, so nobody may do it the other way round.
+  std::unique_lock<std::mutex> lock;
+  std::vector<PieceCounter::Entry> entries;
+  {
+    const py::gil_scoped_release release;
+    lock = counter.lock();
+    entries = counter.sorted_entries();
+  }
   py::list pieces(entries.size());
   py::array_t<std::int64_t> counts(static_cast<py::ssize_t>(entries.size()));
   for (std::size_t i = 0; i < entries.size(); ++i) {
@@ -293,17 +325,19 @@ MergeArray train(BpeCounter& counter, const std::vector<TokenId>& byte_ids, Toke
   {
     const py::gil_scoped_release release;
     const auto lock = counter.lock();
-    merges = train_bpe(counter.sorted_entries(), ids, first_free_id, vocab_size, min_frequency);
+    Watch watch;
+    merges =
+        train_bpe(counter.sorted_entries(), ids, first_free_id, vocab_size, min_frequency, watch);
   }
   return to_array(merges);
 }
 
-py::list pretokenize(const py::str& text) {
+py::list pretokenize(const py::str& text, const std::string& pattern) {
   const TextBatch batch(py::make_tuple(text));
   batch.refuse_surrogates();
   std::string buffer;
   py::list pieces;
-  for_each_piece(SplitPattern::kGpt2, to_utf8(batch[0], buffer), [&](std::string_view piece) {
+  for_each_piece(to_pattern(pattern), to_utf8(batch[0], buffer), [&](std::string_view piece) {
     pieces.append(py::str(piece.data(), piece.size()));
   });
   return pieces;
@@ -313,12 +347,12 @@ py::list pretokenize(const py::str& text) {
 
 void bind_bpe(py::module_& m) {
   m.attr("bpe_unicode_version") = kClassesUnicodeVersion;
-  m.def("bpe_pretokenize", &pretokenize, py::arg("text"));
+  m.def("bpe_pretokenize", &pretokenize, py::arg("text"), py::arg("pattern"));
 
   py::class_<BpeModel>(m, "BPEModel")
       .def(py::init(&make_model), py::kw_only(), py::arg("tokens"), py::arg("merges"),
            py::arg("byte_ids"), py::arg("special_ids"), py::arg("ignore_merges"),
-           py::arg("add_prefix_space"))
+           py::arg("ranks_are_ids"), py::arg("add_prefix_space"), py::arg("pattern"))
       .def("encode", &encode, py::arg("text"), py::arg("replace"))
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("eos_id"), py::arg("replace"),
            py::arg("threads"))
@@ -326,7 +360,10 @@ void bind_bpe(py::module_& m) {
       .def("decode", &decode, py::arg("ids"));
 
   py::class_<BpeCounter>(m, "BPECounter")
-      .def(py::init<>())
+      .def(py::init([](const std::string& pattern) {
+             return std::make_unique<BpeCounter>(to_pattern(pattern));
+           }),
+           py::arg("pattern"))
       .def("add", &count, py::arg("texts"), py::arg("replace"), py::arg("threads"))
       .def("__len__",
            [](BpeCounter& counter) {

@@ -1,8 +1,11 @@
 """Checks and cuts what both tokenizers are given: several texts, a number of threads."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, get_args
 
 from tinylm.errors import InputError
+
+Errors = Literal["strict", "replace"]
 
 BATCH_CHARACTERS = 1 << 23  # handed on at once: enough to keep all threads busy
 
@@ -32,3 +35,22 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def is_replace(errors: str) -> bool:
+    """Whether lone surrogates are to be read as U+FFFD; `InputError` for an unknown setting."""
+    if errors not in get_args(Errors):
+        raise InputError(f"errors is {errors!r}; it must be 'strict' or 'replace'")
+    return errors == "replace"
+
+
+def surrogate_error(error: UnicodeEncodeError, texts: Sequence[str] = ()) -> InputError:
+    """What to raise for a text, one of ``texts`` if given, that cannot be encoded as UTF-8."""
+    # The position in a batch is that of the very object which could not be encoded.
+    index = next((i for i, text in enumerate(texts) if text is error.object), None)
+    where = "the text" if index is None else f"text {index}"
+    code = f"\\u{ord(error.object[error.start]):04x}"
+    return InputError(
+        f"{where} has the lone surrogate {code} at position {error.start}, which is no character; "
+        "clean the text or pass errors='replace' to read it as U+FFFD"
+    )

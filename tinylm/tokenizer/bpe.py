@@ -2,8 +2,8 @@
 
 import codecs
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,80 +11,33 @@ import numpy.typing as npt
 from tinylm.errors import InputError
 from tinylm.tokenizer import bpe_reference
 from tinylm.tokenizer.backend import compiled
-from tinylm.tokenizer.batches import batches, check_texts, check_threads
+from tinylm.tokenizer.batches import (
+    Errors,
+    batches,
+    check_texts,
+    check_threads,
+    is_replace,
+    surrogate_error,
+)
+from tinylm.tokenizer.bpe_counter import BPECounter
+from tinylm.tokenizer.bpe_files import (
+    read_gpt2,
+    read_tiktoken,
+    with_merges,
+    write_gpt2,
+    write_tiktoken,
+)
 from tinylm.tokenizer.bpe_json import (
     BYTE_TO_CHAR,
     EOS,
     BPEVocabulary,
-    last_of_each_pair,
     read_vocabulary,
     write_vocabulary,
 )
-
-Errors = Literal["strict", "replace"]
+from tinylm.tokenizer.special_tokens import Choice, Segment, SpecialTokens
 
 MIN_VOCAB_SIZE = 1 + 256  # the special token and the bytes
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32
-
-
-class PieceCounter(Protocol):
-    """`tinylm.tokenizer.bpe_reference.BPECounter` or the compiled one."""
-
-    def add(self, texts: Sequence[str], replace: bool, threads: int) -> None:
-        """Counts the pieces of ``texts``."""
-
-    def __len__(self) -> int:
-        """How many distinct pieces there are."""
-
-    def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-        """All pieces in the order of their bytes, and their counts."""
-
-    def train(
-        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
-    ) -> npt.NDArray[np.uint32]:
-        """Merges as rows of left, right and result."""
-
-
-class BPECounter:
-    """Counts what BPE learns from, batch by batch; keeps no text, only its distinct pieces."""
-
-    def __init__(self) -> None:
-        module = compiled()
-        self._counter: PieceCounter = (
-            bpe_reference.BPECounter() if module is None else module.BPECounter()
-        )
-
-    def add(
-        self, texts: Sequence[str], threads: int | None = None, errors: Errors = "strict"
-    ) -> None:
-        """Counts the pieces of ``texts`` on ``threads`` threads (None: as many as there are).
-
-        Raises:
-            InputError: a text has a lone surrogate and ``errors`` is not ``"replace"``, which
-                reads it as U+FFFD. Nothing of this batch is counted then.
-        """
-        replace = _is_replace(errors)
-        check_texts(texts)
-        check_threads(threads)
-        try:
-            self._counter.add(texts, replace, threads or 0)
-        except UnicodeEncodeError as error:
-            raise _surrogate_error(error, texts) from None
-
-    def __len__(self) -> int:
-        """How many distinct pieces there are."""
-        return len(self._counter)
-
-    def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-        """All distinct pieces as UTF-8, in the order of their bytes, and their counts."""
-        return self._counter.items()
-
-    def learn_merges(
-        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
-    ) -> npt.NDArray[np.uint32]:
-        """Rows of left, right and result: see `BPETokenizer.train` for the rule."""
-        merges = self._counter.train(byte_ids, first_free_id, vocab_size, min_frequency)
-        return last_of_each_pair(merges.tolist())
 
 
 class StreamDecoder:
@@ -100,7 +53,7 @@ class StreamDecoder:
         Raises:
             InputError: the id is not in the vocabulary.
         """
-        _check_id(token_id, len(self._tokens))
+        _check_id(token_id, self._tokens)
         return self._decoder.decode(self._tokens[token_id])
 
     def finish(self) -> str:
@@ -114,10 +67,19 @@ class StreamDecoder:
 class BPETokenizer:
     """Maps pieces of words to ids; every text has ids, and they decode to exactly that text.
 
-    Text is split by GPT-2's pattern (letters, numbers and white space as in Unicode 16.0,
-    whatever Python runs) and merged within the pieces. The special token ``<|endoftext|>``
-    ends a text; no text becomes a special token by containing its name. Tokenizers never
-    change, can be pickled, and may be used by several threads at once.
+    Text is split by a pattern (letters, numbers and white space as in Unicode 16.0, whatever
+    Python runs) and merged within the pieces. The special token ``<|endoftext|>`` ends a text;
+    no text becomes a special token by containing its name, unless that is allowed. Tokenizers
+    never change, can be pickled, and may be used by several threads at once.
+
+    The patterns, in full in `tinylm.tokenizer.split_patterns`:
+
+    - ``gpt2``: words, numbers and runs of punctuation, each with the space before it.
+    - ``cl100k``: GPT-4's. Numbers in groups of three digits, newlines with the punctuation
+      before them. ``cl100k_tiktoken`` is the same but for white space at the end of a text,
+      which tiktoken leaves whole where `tokenizers` ends a piece at the last newline.
+    - ``o200k``: GPT-4o's. Words also end where a capital follows lower-case letters.
+    - ``whitespace``: whatever stands between white space, with the space before it.
     """
 
     kind = "bpe"
@@ -136,7 +98,9 @@ class BPETokenizer:
             byte_ids=vocabulary.byte_ids(),
             special_ids=list(vocabulary.special_ids),
             ignore_merges=vocabulary.ignore_merges,
+            ranks_are_ids=vocabulary.ranks_are_ids,
             add_prefix_space=vocabulary.add_prefix_space,
+            pattern=vocabulary.pattern,
         )
 
     def __reduce__(self) -> tuple[type["BPETokenizer"], tuple[BPEVocabulary]]:
@@ -150,6 +114,7 @@ class BPETokenizer:
         min_frequency: int = 2,
         threads: int | None = None,
         errors: Errors = "strict",
+        pattern: str = "gpt2",
     ) -> "BPETokenizer":
         """A tokenizer with at most ``vocab_size`` tokens, learnt from ``texts``.
 
@@ -159,20 +124,21 @@ class BPETokenizer:
         are read once and not kept. Too few of them give a smaller vocabulary.
 
         Raises:
-            InputError: ``vocab_size`` is below 257, the texts are empty, or one has a lone
-                surrogate and ``errors`` is not ``"replace"``, which reads it as U+FFFD.
+            InputError: ``vocab_size`` is below 257, ``pattern`` is unknown, the texts are empty,
+                or one has a lone surrogate and ``errors`` is not ``"replace"``, which reads it
+                as U+FFFD.
         """
         _check_training(vocab_size, min_frequency)
         check_texts(texts)
-        counter = cls.counter()
+        counter = cls.counter(pattern)
         for batch in batches(texts):
             counter.add(batch, threads, errors)
         return cls.from_counter(counter, vocab_size, min_frequency)
 
     @staticmethod
-    def counter() -> BPECounter:
+    def counter(pattern: str = "gpt2") -> BPECounter:
         """A new counter, for texts that come in batches; then call `from_counter`."""
-        return BPECounter()
+        return BPECounter(pattern)
 
     @classmethod
     def from_counter(
@@ -188,7 +154,11 @@ class BPETokenizer:
         for left, right, result in merges[np.argsort(merges[:, 2], kind="stable")].tolist():
             if result == len(names):
                 names.append(names[left] + names[right])
-        return cls(BPEVocabulary(names=names, merges=merges, special_ids=[0], eos_id=0))
+        return cls(
+            BPEVocabulary(
+                names=names, merges=merges, special_ids=[0], eos_id=0, pattern=counter.pattern
+            )
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], eos_token: str = EOS) -> "BPETokenizer":
@@ -201,8 +171,75 @@ class BPETokenizer:
         return cls(read_vocabulary(path, eos_token))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a ``tokenizer.json`` that Hugging Face ``tokenizers`` reads too. Atomic."""
-        write_vocabulary(self._vocabulary, path)
+        """Writes a ``tokenizer.json`` that Hugging Face ``tokenizers`` reads too. Atomic.
+
+        Raises:
+            InputError: the tokenizer comes from a rank file so odd that no list of merges gives
+                its ids.
+        """
+        write_vocabulary(with_merges(self._vocabulary), path)
+
+    @classmethod
+    def load_tiktoken(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        pattern: str,
+        special_tokens: Mapping[str, int],
+        eos_token: str = EOS,
+    ) -> "BPETokenizer":
+        """Reads a rank file of tiktoken, such as ``cl100k_base.tiktoken``.
+
+        The file holds tokens and their ids only, so ``pattern`` and the ids of the special tokens
+        must be given: for that file ``"cl100k_tiktoken"`` and ``{"<|endoftext|>": 100257, ...}``.
+        Ids are those of ``tiktoken.Encoding`` with the same arguments. Ids that no token has
+        count in `vocab_size`, but cannot be decoded.
+
+        Raises:
+            InputError: the file is missing or broken (the line is named), or an argument does not
+                fit it.
+        """
+        return cls(read_tiktoken(path, pattern, special_tokens, eos_token))
+
+    def save_tiktoken(self, path: str | os.PathLike[str]) -> None:
+        """Writes a rank file for tiktoken; special tokens and the pattern are not in it. Atomic.
+
+        Raises:
+            InputError: tiktoken would give other ids than this tokenizer.
+        """
+        write_tiktoken(self._vocabulary, path)
+
+    @classmethod
+    def load_gpt2(
+        cls,
+        vocab_path: str | os.PathLike[str],
+        merges_path: str | os.PathLike[str],
+        *,
+        pattern: str = "gpt2",
+        special_tokens: Sequence[str] = (EOS,),
+        eos_token: str = EOS,
+    ) -> "BPETokenizer":
+        """Reads ``vocab.json`` and ``merges.txt``, the files that GPT-2 was published with.
+
+        They do not say which tokens are special, so ``special_tokens`` does.
+
+        Raises:
+            InputError: a file is missing or broken (of ``merges.txt`` the line is named), or
+                lacks a special token.
+        """
+        vocabulary = read_gpt2(vocab_path, merges_path, pattern, special_tokens, eos_token)
+        return cls(vocabulary)
+
+    def save_gpt2(
+        self, vocab_path: str | os.PathLike[str], merges_path: str | os.PathLike[str]
+    ) -> None:
+        """Writes ``vocab.json`` and ``merges.txt``, each atomically; the pattern is in neither.
+
+        Raises:
+            InputError: these files cannot say what this tokenizer does: some token is reached by
+                no merges, or a space is put before texts.
+        """
+        write_gpt2(self._vocabulary, vocab_path, merges_path)
 
     @property
     def vocab_size(self) -> int:
@@ -212,7 +249,7 @@ class BPETokenizer:
     @property
     def vocab(self) -> dict[str, int]:
         """Every token's id, spelled as in ``tokenizer.json``; a copy."""
-        return {name: i for i, name in enumerate(self._vocabulary.names)}
+        return {name: i for i, name in enumerate(self._vocabulary.names) if name}
 
     def id_to_token(self, token_id: int) -> str:
         """The token as ``tokenizer.json`` spells it, such as ``Ġthe``.
@@ -220,21 +257,74 @@ class BPETokenizer:
         Raises:
             InputError: the id is not in the vocabulary.
         """
-        _check_id(token_id, self.vocab_size)
+        _check_id(token_id, self._tokens)
         return self._vocabulary.names[token_id]
 
-    def encode(self, text: str, add_eos: bool = False, errors: Errors = "strict") -> list[int]:
+    def encode(
+        self,
+        text: str,
+        add_eos: bool = False,
+        errors: Errors = "strict",
+        *,
+        allowed_special: Choice = (),
+        disallowed_special: Choice = (),
+    ) -> list[int]:
         """The ids of one text.
 
+        The name of a special token in the text is text like any other, unless it is in
+        ``allowed_special`` (``"all"``: every one), which makes it that token, or in
+        ``disallowed_special`` (``"all"``: every one that is not allowed), which refuses the text.
+        What stands between special tokens is encoded like a text of its own.
+
         Raises:
-            InputError: the text has a lone surrogate and ``errors`` is not ``"replace"``, which
-                reads it as U+FFFD.
+            InputError: the text has a disallowed special token, or a lone surrogate and
+                ``errors`` is not ``"replace"``, which reads it as U+FFFD.
         """
+        replace = is_replace(errors)
         try:
-            ids: list[int] = self._model.encode(text, _is_replace(errors))
+            if _is_none(allowed_special) and _is_none(disallowed_special):
+                ids: list[int] = self._model.encode(text, replace)
+            else:
+                segments = self._segments(text, allowed_special, disallowed_special, replace)
+                ids = [i for segment in segments for i in self._encode_segment(segment, replace)]
         except UnicodeEncodeError as error:
-            raise _surrogate_error(error) from None
+            raise surrogate_error(error) from None
         return [*ids, self.eos_id] if add_eos else ids
+
+    def encode_with_offsets(
+        self,
+        text: str,
+        unit: Literal["characters", "bytes"] = "characters",
+        errors: Errors = "strict",
+        *,
+        allowed_special: Choice = (),
+        disallowed_special: Choice = (),
+    ) -> tuple[list[int], npt.NDArray[np.int64]]:
+        """The ids of one text as by `encode`, and a row of each id's start and end in the text.
+
+        In bytes of its UTF-8, ends are the next starts. In characters, a token that holds but a
+        part of a character spans it all, so tokens that share one overlap. A space that is put
+        before the text takes no place. Raises as `encode`.
+        """
+        if unit not in ("characters", "bytes"):
+            raise InputError(f"unit is {unit!r}; it must be 'characters' or 'bytes'")
+        replace = is_replace(errors)
+        ids: list[int] = []
+        lengths: list[int] = []  # in the text, in bytes
+        try:
+            for segment in self._segments(text, allowed_special, disallowed_special, replace):
+                new = self._encode_segment(segment, replace)
+                ids += new
+                start = len(lengths)
+                lengths += [len(self._tokens[i]) for i in new]
+                lengths[start] -= self._has_prefix(segment)
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from None
+        bounds = np.cumsum([0, *lengths], dtype=np.int64)
+        spans = np.stack([bounds[:-1], bounds[1:]], axis=1)
+        if unit == "characters":
+            spans = _in_characters(spans, bpe_reference.to_utf8(text, replace))
+        return ids, spans
 
     def encode_batch(
         self,
@@ -247,20 +337,42 @@ class BPETokenizer:
 
         Ids are uint16 if the vocabulary has at most 65,536 tokens, else int32. ``threads`` is
         how many to use (None: as many as the machine has); the result does not depend on it.
+        Names of special tokens in the texts are text.
 
         Raises:
             InputError: a text has a lone surrogate and ``errors`` is not ``"replace"``, which
                 reads it as U+FFFD.
         """
-        replace = _is_replace(errors)
+        replace = is_replace(errors)
         check_texts(texts)
         check_threads(threads)
         eos_id = self.eos_id if add_eos else None
         try:
             ids, offsets = self._model.encode_batch(texts, eos_id, replace, threads or 0)
         except UnicodeEncodeError as error:
-            raise _surrogate_error(error, texts) from None
+            raise surrogate_error(error, texts) from None
         return ids, offsets
+
+    def _segments(
+        self, text: str, allowed: Choice, disallowed: Choice, replace: bool
+    ) -> list[Segment]:
+        if not replace:
+            text.encode()  # So that an error has the position in the whole text.
+        names = self._vocabulary.names
+        specials = SpecialTokens({names[i]: i for i in self._vocabulary.special_ids})
+        return specials.segments(text, allowed, disallowed)
+
+    def _encode_segment(self, segment: Segment, replace: bool) -> list[int]:
+        text, special_id = segment
+        if special_id is not None:
+            return [special_id]
+        ids: list[int] = self._model.encode(text, replace)
+        return ids
+
+    def _has_prefix(self, segment: Segment) -> bool:
+        text, special_id = segment
+        is_text = special_id is None and not text.startswith(" ")
+        return self._vocabulary.add_prefix_space and is_text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, with U+FFFD where their bytes are not UTF-8.
@@ -297,26 +409,23 @@ def _check_training(vocab_size: int, min_frequency: int) -> None:
         raise InputError(f"min_frequency is {min_frequency}; it must be at least 1")
 
 
-def _check_id(token_id: int, vocab_size: int) -> None:
-    if not 0 <= token_id < vocab_size:
-        raise InputError(f"id {token_id} is not in the vocabulary of {vocab_size}")
+def _check_id(token_id: int, tokens: Sequence[bytes]) -> None:
+    if not 0 <= token_id < len(tokens) or not tokens[token_id]:
+        raise InputError(f"id {token_id} is not in the vocabulary of {len(tokens)}")
 
 
-def _is_replace(errors: str) -> bool:
-    if errors not in get_args(Errors):
-        raise InputError(f"errors is {errors!r}; it must be 'strict' or 'replace'")
-    return errors == "replace"
+def _is_none(choice: Choice) -> bool:
+    return not isinstance(choice, str) and len(choice) == 0
 
 
-def _surrogate_error(error: UnicodeEncodeError, texts: Sequence[str] = ()) -> InputError:
-    # The position in a batch is that of the very object which could not be encoded.
-    index = next((i for i, text in enumerate(texts) if text is error.object), None)
-    where = "the text" if index is None else f"text {index}"
-    code = f"\\u{ord(error.object[error.start]):04x}"
-    return InputError(
-        f"{where} has the lone surrogate {code} at position {error.start}, which is no character; "
-        "clean the text or pass errors='replace' to read it as U+FFFD"
-    )
+def _in_characters(spans: npt.NDArray[np.int64], utf8: bytes) -> npt.NDArray[np.int64]:
+    """Spans of bytes as the characters that they touch."""
+    is_first = (np.frombuffer(utf8, dtype=np.uint8) & 0xC0) != 0x80
+    before = np.concatenate([[0], np.cumsum(is_first)])  # how many begin before each byte
+    starts, ends = spans.T
+    # A start inside a character goes back to the one that has begun.
+    inside = np.append(~is_first, False)[starts]
+    return np.stack([before[starts] - inside, before[ends]], axis=1)
 
 
 def _id_array(ids: Iterable[int]) -> npt.NDArray[np.int64]:

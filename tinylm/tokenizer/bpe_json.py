@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tinylm.errors import InputError
 from tinylm.files import write_json
 from tinylm.tokenizer.hf_json import read_tokenizer_json
+from tinylm.tokenizer.split_patterns import PATTERNS, REGEX, pattern_of_regex
 
 EOS = "<|endoftext|>"
 
@@ -39,13 +40,17 @@ class BPEVocabulary:
     """What defines a byte-level BPE tokenizer."""
 
     names: Sequence[str]
-    """By id: the byte-level alphabet's spelling; of a special token, its text."""
+    """By id: the byte-level alphabet's spelling; of a special token, its text; empty if unused."""
     merges: npt.NDArray[np.uint32]
     """Rows of left, right and result, in the order of their ranks."""
     special_ids: Sequence[int]
     eos_id: int
     ignore_merges: bool = False
+    ranks_are_ids: bool = False
+    """A merge's rank is the id of its result, as in tiktoken, instead of its place in the list."""
     add_prefix_space: bool = False
+    pattern: str = "gpt2"
+    """A name from `tinylm.tokenizer.split_patterns`."""
 
     def tokens(self) -> list[bytes]:
         """The bytes of each token, by id."""
@@ -63,7 +68,11 @@ class BPEVocabulary:
 
 
 def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) -> None:
-    """Writes a file that Hugging Face tokenizers reads too. Atomic."""
+    """Writes a file that Hugging Face tokenizers reads too. Atomic.
+
+    A merge's rank must be its place in the list: see `tinylm.tokenizer.bpe_files.with_merges`.
+    """
+    assert not vocabulary.ranks_are_ids
     names = vocabulary.names
     added_tokens = [
         {
@@ -83,6 +92,18 @@ def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) ->
         "trim_offsets": True,
         "use_regex": True,
     }
+    pre_tokenizer: dict[str, Any] = byte_level
+    if vocabulary.pattern != "gpt2":
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": REGEX[vocabulary.pattern]},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        pre_tokenizer = {
+            "type": "Sequence",
+            "pretokenizers": [split, byte_level | {"use_regex": False}],
+        }
     model = {
         "type": "BPE",
         "dropout": None,
@@ -92,7 +113,7 @@ def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) ->
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": vocabulary.ignore_merges,
-        "vocab": {name: i for i, name in enumerate(names)},
+        "vocab": {name: i for i, name in enumerate(names) if name},
         "merges": [f"{names[a]} {names[b]}" for a, b, _ in vocabulary.merges.tolist()],
     }
     write_json(
@@ -103,7 +124,7 @@ def write_vocabulary(vocabulary: BPEVocabulary, path: str | os.PathLike[str]) ->
             "padding": None,
             "added_tokens": added_tokens,
             "normalizer": None,
-            "pre_tokenizer": byte_level,
+            "pre_tokenizer": pre_tokenizer,
             "post_processor": None,
             "decoder": byte_level,
             "model": model,
@@ -118,33 +139,54 @@ def read_vocabulary(path: str | os.PathLike[str], eos_token: str = EOS) -> BPEVo
         InputError: the file is missing or broken, lacks ``eos_token``, or asks for something
             that `BPETokenizer` does not do.
     """
-    return _Reader(path).read(eos_token)
+    return read_content(path, read_tokenizer_json(path), eos_token)
+
+
+def read_content(
+    path: str | os.PathLike[str], content: dict[str, Any], eos_token: str
+) -> BPEVocabulary:
+    """As `read_vocabulary`, of a file with this content."""
+    return _Reader(path, content).read(eos_token)
+
+
+def check_gaps(names: Mapping[int, str], path: str) -> None:
+    """Raises `InputError` where ``names``, by id, would leave most ids unused.
+
+    Files leave a few unused between tokens and special tokens; each costs a row of a model.
+    """
+    if max(names, default=0) >= 2 * len(names):
+        missing = next(i for i in range(len(names)) if i not in names)
+        raise InputError(
+            f"{path} has no token with id {missing}, though the highest id is {max(names)}"
+        )
 
 
 class _Reader:
     """One file being read; every complaint names it."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], content: dict[str, Any]) -> None:
         self._path = os.fspath(path)
-        self._content = read_tokenizer_json(path)
+        self._content = content
         self._model: dict[str, Any] = self._content["model"]
 
     def read(self, eos_token: str) -> BPEVocabulary:
-        add_prefix_space = self._check_pipeline()
+        self._check_pipeline()
+        pattern, add_prefix_space = self._splitting(self._content.get("pre_tokenizer"))
         self._check_model()
         specials = self._special_tokens()
         ids = self._ids(specials)
         if eos_token not in specials:
             known = ", ".join(specials) or "none"
             self._fail(f"has no special token {eos_token} (it has: {known})")
-        names = sorted(ids, key=ids.__getitem__)
+        names = {token_id: name for name, token_id in ids.items()}
         return BPEVocabulary(
-            names=names,
+            names=[names.get(i, "") for i in range(max(names) + 1)],
             merges=self._merges(ids, specials),
             special_ids=sorted(specials.values()),
             eos_id=specials[eos_token],
             ignore_merges=bool(self._model.get("ignore_merges")),
             add_prefix_space=add_prefix_space,
+            pattern=pattern,
         )
 
     def _fail(self, problem: str) -> NoReturn:
@@ -159,21 +201,53 @@ class _Reader:
         name = value.get("type", value) if isinstance(value, dict) else value
         self._fail(f"asks for {part} {json.dumps(name)}, which is not supported")
 
-    def _check_pipeline(self) -> bool:
-        """Refuses all steps around the model but ByteLevel; returns its ``add_prefix_space``."""
+    def _check_pipeline(self) -> None:
+        """Refuses all steps around splitting and the model but ByteLevel."""
         for part in ("normalizer", "truncation", "padding"):
             if self._content.get(part) is not None:
                 self._refuse(part, self._content[part])
-        for part in ("pre_tokenizer", "decoder", "post_processor"):
+        for part in ("decoder", "post_processor"):
             value = self._content.get(part)
             is_optional = part == "post_processor"
             if (value is None and is_optional) or _type_of(value) == "ByteLevel":
                 continue
             self._refuse(part, value)
-        pre_tokenizer = self._content["pre_tokenizer"]
-        if pre_tokenizer.get("use_regex", True) is not True:
-            self._fail("asks for pre_tokenizer ByteLevel with use_regex false: not supported")
-        return bool(pre_tokenizer.get("add_prefix_space", True))
+
+    def _splitting(self, pre_tokenizer: Any) -> tuple[str, bool]:
+        """The pattern and ``add_prefix_space``.
+
+        The pattern is ByteLevel's own, or that of a Split before a ByteLevel without one.
+        """
+        kind = _type_of(pre_tokenizer)
+        if kind == "ByteLevel":
+            if pre_tokenizer.get("use_regex", True) is not True:
+                self._fail("asks for pre_tokenizer ByteLevel with use_regex false: not supported")
+            return "gpt2", bool(pre_tokenizer.get("add_prefix_space", True))
+        if kind != "Sequence":
+            self._refuse("pre_tokenizer", pre_tokenizer)
+        steps = self._list(pre_tokenizer.get("pretokenizers"), "pre_tokenizer.pretokenizers")
+        if [_type_of(step) for step in steps] != ["Split", "ByteLevel"]:
+            names = " and ".join(str(_type_of(step)) for step in steps)
+            self._fail(f"asks for pre_tokenizer Sequence of {names}, which is not supported")
+        split, byte_level = steps
+        for key in ("use_regex", "add_prefix_space"):  # a second split; a space for every piece
+            if byte_level.get(key, True) is not False:
+                self._fail(f"asks for Split and ByteLevel with {key} true: not supported")
+        return self._pattern(split), False
+
+    def _pattern(self, split: dict[str, Any]) -> str:
+        # Every character is in a match, so keeping the matches is keeping all.
+        behavior = split.get("behavior"), bool(split.get("invert"))
+        if behavior not in (("Isolated", False), ("Removed", True)):
+            self._fail(f"asks for pre_tokenizer Split with {behavior[0]}: not supported")
+        regex = self._object(split.get("pattern"), "the pattern of Split").get("Regex")
+        pattern = pattern_of_regex(regex) if isinstance(regex, str) else None
+        if pattern is None:
+            self._fail(
+                f"splits by the pattern {json.dumps(split['pattern'])}, which is not supported; "
+                f"those of {', '.join(PATTERNS)} are"
+            )
+        return pattern
 
     def _check_model(self) -> None:
         if self._model["type"] != "BPE":
@@ -196,7 +270,7 @@ class _Reader:
         return specials
 
     def _ids(self, specials: Mapping[str, int]) -> dict[str, int]:
-        """Ids of all tokens by name: dense, each byte among them, spelled in the alphabet."""
+        """Ids of all tokens by name: each byte among them, spelled in the alphabet."""
         ids = dict(self._object(self._model.get("vocab"), "model.vocab"))
         for name, token_id in ids.items():
             if not _is_id(token_id):
@@ -208,21 +282,19 @@ class _Reader:
         for name, token_id in specials.items():
             if ids.setdefault(name, token_id) != token_id:
                 self._fail(f"gives the special token {name!r} two ids: {ids[name]} and {token_id}")
-        self._check_dense(ids)
+        self._check_distinct(ids)
         for byte, char in enumerate(BYTE_TO_CHAR):
             if char not in ids or char in specials:
                 self._fail(f"has no token for the byte 0x{byte:02X} ({char!r})")
         return ids
 
-    def _check_dense(self, ids: Mapping[str, int]) -> None:
+    def _check_distinct(self, ids: Mapping[str, int]) -> None:
         names: dict[int, str] = {}
         for name, token_id in ids.items():
             if token_id in names:
                 self._fail(f"gives the tokens {names[token_id]!r} and {name!r} one id: {token_id}")
             names[token_id] = name
-        missing = next((i for i in range(len(names)) if i not in names), None)
-        if missing is not None:
-            self._fail(f"has no token with id {missing}, though the highest id is {max(names)}")
+        check_gaps(names, self._path)
 
     def _merges(
         self, ids: Mapping[str, int], specials: Mapping[str, int]

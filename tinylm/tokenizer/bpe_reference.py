@@ -4,6 +4,7 @@ import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tinylm.tokenizer import unicode_classes
+from tinylm.tokenizer.split_patterns import REGEX
 
 # Text comes in few distinct pieces; beyond so many cached ones memory matters more than time.
 MAX_CACHED_PIECES = 1 << 17
@@ -19,29 +21,58 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _class_body(ranges: str) -> str:
+def _class_body(*classes: str) -> str:
     """Ranges as they stand inside the brackets of a regular expression."""
-    ends = (item.split("-") for item in ranges.split())
-    return "".join(f"\\U{int(first, 16):08x}-\\U{int(last, 16):08x}" for first, last in ends)
+    body = []
+    for item in " ".join(classes).split():
+        ends, _, step = item.partition("/")
+        first, last = (int(end, 16) for end in ends.split("-"))
+        if step:
+            body += [f"\\U{code:08x}" for code in range(first, last + 1, int(step))]
+        else:
+            body.append(f"\\U{first:08x}-\\U{last:08x}")
+    return "".join(body)
 
 
-def _gpt2_pattern() -> re.Pattern[str]:
-    """GPT-2's published pattern with its Unicode classes spelled out, as ``re`` has none."""
-    letter = _class_body(unicode_classes.LETTER)
-    number = _class_body(unicode_classes.NUMBER)
-    space = _class_body(unicode_classes.SPACE)
-    return re.compile(
-        rf"'(?:[sdmt]|ll|ve|re)| ?[{letter}]+| ?[{number}]+| ?[^{space}{letter}{number}]+"
-        rf"|[{space}]+(?![^{space}])|[{space}]+"
-    )
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """The published pattern for ``re``, which has no Unicode classes: they are spelled out.
+
+    Possessive quantifiers (Python 3.11) become plain ones. They are there for speed: nothing that
+    follows them in a pattern could match what they took.
+    """
+    upper, lower = unicode_classes.UPPER, unicode_classes.LOWER
+    uncased, mark = unicode_classes.UNCASED, unicode_classes.MARK
+    bodies = {
+        r"\p{L}": _class_body(upper, lower, uncased),
+        r"\p{N}": _class_body(unicode_classes.NUMBER),
+        r"\p{M}": _class_body(mark),
+        r"\p{Lu}\p{Lt}": _class_body(upper),
+        r"\p{Ll}": _class_body(lower),
+        r"\p{Lm}\p{Lo}": _class_body(uncased),
+        r"\s": _class_body(unicode_classes.SPACE),
+    }
+
+    def spell_out(found: re.Match[str]) -> str:
+        part = found[0]
+        if part == r"\S":
+            return "[^" + bodies[r"\s"] + "]"
+        if part in bodies:
+            return f"[{bodies[part]}]"
+        for name, body in bodies.items():
+            part = part.replace(name, body)
+        return part
+
+    plain = re.sub(r"([+*?])\+", r"\1", REGEX[pattern])
+    return re.compile(re.sub(r"\[[^]]*\]|\\p\{L\}|\\p\{N\}|\\[sS]", spell_out, plain))
 
 
-GPT2_PATTERN = _gpt2_pattern()
+def pretokenize(text: str, pattern: str) -> list[str]:
+    """The pieces of ``text`` within which BPE may merge; joined, they are ``text``.
 
-
-def pretokenize(text: str) -> list[str]:
-    """The pieces of ``text`` within which BPE may merge; joined, they are ``text``."""
-    return GPT2_PATTERN.findall(text)
+    ``pattern`` is a name from `tinylm.tokenizer.split_patterns`.
+    """
+    return _compiled(pattern).findall(text)
 
 
 def to_utf8(text: str, replace: bool) -> bytes:
@@ -94,20 +125,24 @@ class BPEModel:
         byte_ids: Sequence[int],
         special_ids: Sequence[int],
         ignore_merges: bool,
+        ranks_are_ids: bool,
         add_prefix_space: bool,
+        pattern: str,
     ) -> None:
         self._tokens = list(tokens)
         self._merges = {
-            (left, right): (rank, result)
+            (left, right): (result if ranks_are_ids else rank, result)
             for rank, (left, right, result) in enumerate(merges.tolist())
         }
         self._byte_ids = list(byte_ids)
         self._whole_pieces: dict[bytes, int] = {}
         if ignore_merges:
-            self._whole_pieces = {token: i for i, token in enumerate(self._tokens)}
-            for special_id in special_ids:
-                del self._whole_pieces[self._tokens[special_id]]
+            special = set(special_ids)
+            self._whole_pieces = {
+                token: i for i, token in enumerate(self._tokens) if i not in special
+            }
         self._add_prefix_space = add_prefix_space
+        self._pattern = pattern
         self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str, replace: bool) -> list[int]:
@@ -116,7 +151,7 @@ class BPEModel:
         if self._add_prefix_space and text and not text.startswith(" "):
             text = " " + text
         ids: list[int] = []
-        for piece in pretokenize(text):
+        for piece in pretokenize(text, self._pattern):
             ids.extend(self._encode_piece(piece))
         return ids
 
@@ -134,7 +169,7 @@ class BPEModel:
         """Bytes of ``ids``; ``IndexError`` if one is not in the vocabulary."""
         parts: list[bytes] = []
         for position, token_id in enumerate(ids if isinstance(ids, list) else ids.tolist()):
-            if not 0 <= token_id < len(self._tokens):
+            if not 0 <= token_id < len(self._tokens) or not self._tokens[token_id]:
                 raise IndexError(
                     f"id {token_id} at position {position} is not in the vocabulary of "
                     f"{len(self._tokens)}"
@@ -159,14 +194,15 @@ class BPEModel:
 class BPECounter:
     """Counts pieces of texts and learns merges from them."""
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
         self._counts: Counter[bytes] = Counter()
 
     def add(self, texts: Sequence[str], replace: bool, threads: int) -> None:
         """Counts the pieces of ``texts``; none of them if one has a lone surrogate."""
         encodable = [to_utf8(text, replace).decode() for text in texts]
         for text in encodable:
-            self._counts.update(piece.encode() for piece in pretokenize(text))
+            self._counts.update(piece.encode() for piece in pretokenize(text, self._pattern))
 
     def __len__(self) -> int:
         """How many distinct pieces there are."""
