@@ -110,7 +110,7 @@ class BPETokenizer:
     def train(
         cls,
         texts: Iterable[str],
-        vocab_size: int = 8192,
+        vocab_size: int = 10_000,
         min_frequency: int = 2,
         threads: int | None = None,
         errors: Errors = "strict",
@@ -142,7 +142,7 @@ class BPETokenizer:
 
     @classmethod
     def from_counter(
-        cls, counter: BPECounter, vocab_size: int = 8192, min_frequency: int = 2
+        cls, counter: BPECounter, vocab_size: int = 10_000, min_frequency: int = 2
     ) -> "BPETokenizer":
         """As `train`, from what ``counter`` has counted."""
         _check_training(vocab_size, min_frequency)
