@@ -205,6 +205,12 @@ def test_notebook_weights_can_be_exported_and_used(
     assert "name its tokenizer.json too" in capsys.readouterr().err
     assert run("generate", pth, "they", "--tokenizer", folder / "tokenizer.json", *options) == 0
     assert capsys.readouterr().out.strip() == lm.generate("they", max_new_tokens=4, seed=0)
+    strange = write_jsonl(tmp_path / "strange.jsonl", ["they were xyzzy", "it is plugh"])
+    evaluation = ("eval", pth, "--tokenizer", folder / "tokenizer.json", "--data", strange)
+    assert run(*evaluation, "--json") == 0  # unknown words, and no model of how they are spelled
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] is None
+    assert run("eval", folder, "--data", strange, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
     assert run("export", folder, "--out", tmp_path / "hf") == 2
     assert "no counterpart in transformers" in capsys.readouterr().err
 

@@ -22,7 +22,8 @@ def evaluate_dataset(
     Returns:
         ``loss`` (nats per token), ``perplexity``, ``top1``, ``top5``, ``bits_per_byte`` (see
         `tinylm.evaluate.bits_per_byte`), ``unk_share``, ``known_loss``, ``known_top1``,
-        ``tokens``, ``bytes``, ``context`` and, where known, ``overlap``.
+        ``tokens``, ``bytes``, ``context`` and, where known, ``overlap``. ``bits_per_byte`` is
+        None for a part of a text and where unknown words cannot be charged for.
     """
     seq_len = seq_len or lm.config.seq_len
     options: dict[str, Any] = {
@@ -33,10 +34,13 @@ def evaluate_dataset(
     }
     ids, about = dataset.valid.ids, dataset.meta["splits"]["valid"]
     totals = evaluate(lm.model, ids, **options)
+    # Unknown words without a model to spell them with: their cost is unknown too, not nothing.
+    payable = about["unk_bits"] is not None or not about["unk_tokens"]
     text = EvalText(bytes=about["normalised_bytes"], unk_bits=about["unk_bits"] or 0.0)
+    defined = payable and limit is None and text.bytes > 0
     result: dict[str, Any] = totals.rates()
     result |= {
-        "bits_per_byte": bits_per_byte(totals, text) if limit is None else None,
+        "bits_per_byte": bits_per_byte(totals, text) if defined else None,
         "tokens": totals.tokens,
         "bytes": text.bytes,
         "context": seq_len,
@@ -110,6 +114,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
             f"bits per byte   {result['bits_per_byte']:.4f} "
             f"({result['tokens']:,} tokens, {result['bytes']:,} bytes)"
         )
+    else:
+        lines.append("bits per byte   unknown: nothing here tells what unknown words cost")
     if result["unk_share"]:
         known = result["known_loss"]
         lines.append(

@@ -64,7 +64,7 @@ class Trainer:
 
     Args:
         config: with the vocabulary size of the data filled in.
-        folder: the run folder; ``config.json`` and ``tokenizer.json`` are there already.
+        folder: the run folder, which has to exist only once the run begins.
     """
 
     def __init__(
