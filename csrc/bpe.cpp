@@ -8,18 +8,18 @@
 #include <utility>
 
 #include "merge_queue.hpp"
+#include "piece_cache.hpp"
 
 namespace tinylm {
 
 namespace {
 
 constexpr std::uint32_t kNoRank = std::numeric_limits<std::uint32_t>::max();
-
 // Up to this many bytes, scanning all ranks for the lowest beats a heap.
 constexpr std::size_t kMaxShortPiece = 48;
 
-// After so many bytes, or steps that take about as long, it is asked whether to go on.
-constexpr std::size_t kPollBytes = std::size_t{1} << 16;
+// After so many steps of merging it is asked whether to go on.
+constexpr std::size_t kPollSteps = std::size_t{1} << 16;
 
 // Working memory for longer pieces, which are rare, is given back.
 constexpr std::size_t kMaxKeptSymbols = std::size_t{1} << 18;
@@ -27,99 +27,54 @@ constexpr std::size_t kMaxKeptSymbols = std::size_t{1} << 18;
 // More idle scratches than this are not worth their memory.
 constexpr std::size_t kMaxPool = 64;
 
-// Pieces with few bytes and few ids, which nearly all are, and their ids. Direct-mapped: a new
-// piece takes the place of the one that shares its slot, so memory is bounded.
-class PieceCache {
- public:
-  static constexpr std::size_t kMaxBytes = 24;
-  static constexpr std::size_t kMaxIds = 9;
+// Pieces that are looked up together.
+struct PieceGroup {
+  static constexpr std::size_t kSize = 32;
 
-  // The bytes of a piece and its length. Words overlap where the piece does not fill them, which is
-  // quicker than padding them, and one-to-one for a given length.
-  struct Key {
-    // `piece` has 1 to kMaxBytes bytes.
-    explicit Key(std::string_view piece) : length(static_cast<std::uint16_t>(piece.size())) {
-      const char* const begin = piece.data();
-      if (piece.size() < 8) {
-        words[0] = load_short(piece);
-        return;
-      }
-      words[0] = load<std::uint64_t>(begin);
-      words[1] = load<std::uint64_t>(begin + piece.size() - 8);
-      if (piece.size() > 16) words[2] = load<std::uint64_t>(begin + 8);
+  // Reads pieces from number `first` on and asks for their slots in `cache`.
+  template <class Cache>
+  void read(const Splitter& splitter, std::size_t first, std::string_view text,
+            const Cache& cache) {
+    count = first < splitter.size() ? std::min(kSize, splitter.size() - first) : 0;
+    const char* const text_end = text.data() + text.size();
+    const std::uint32_t* const ends = splitter.ends() + first;
+    std::size_t begin = first == 0 || count == 0 ? 0 : ends[-1];
+    for (std::size_t i = 0; i < count; ++i) {
+      const char* const at = splitter.begin() + begin;
+      const std::size_t bytes = ends[i] - begin;
+      begin = ends[i];
+      pieces[i] = std::string_view(at, bytes);
+      if (bytes > ShortPiece::kMaxBytes) continue;
+      const bool is_readable = text_end - at >= std::ptrdiff_t{ShortPiece::kReadBytes};
+      keys[i] = is_readable ? ShortPiece::read(at, bytes) : ShortPiece::copy(at, bytes);
+      hashes[i] = keys[i].hash();
+      cache.prefetch(hashes[i]);
     }
-
-    std::uint64_t hash() const {
-      std::uint64_t mixed = words[0] * 0x9E3779B97F4A7C15u;
-      mixed = ((mixed ^ mixed >> 32) + words[1]) * 0xD6E8FEB86659FD93u;
-      mixed = ((mixed ^ mixed >> 32) + words[2]) * 0xCA5A826395121157u;
-      return (mixed >> 32) + length;
-    }
-
-    std::uint64_t words[3] = {};
-    std::uint16_t length;
-  };
-
-  // One cache line.
-  struct alignas(64) Slot {
-    std::uint64_t words[3] = {};
-    std::uint16_t length = 0;  // 0: empty
-    std::uint16_t count = 0;
-    TokenId ids[kMaxIds] = {};
-
-    bool holds(const Key& key) const {
-      return length == key.length && words[0] == key.words[0] && words[1] == key.words[1] &&
-             words[2] == key.words[2];
-    }
-  };
-
-  PieceCache() : slots_(kSlots) {}
-
-  // The only slot that may hold `key`.
-  Slot& slot_of(const Key& key) { return slots_[key.hash() & (kSlots - 1)]; }
-
-  static void fill(Slot& slot, const Key& key, const TokenId* ids, std::size_t count) {
-    std::copy(key.words, key.words + 3, slot.words);
-    slot.length = key.length;
-    slot.count = static_cast<std::uint16_t>(count);
-    std::copy(ids, ids + count, slot.ids);
   }
 
- private:
-#ifdef TINYLM_FUZZING
-  static constexpr std::size_t kSlots = 16;  // quickly made, and pieces get in each other's way
-#else
-  static constexpr std::size_t kSlots = std::size_t{1} << 16;
-#endif
-
-  template <class Word>
-  static Word load(const char* at) {
-    Word word;
-    std::memcpy(&word, at, sizeof(word));
-    return word;
-  }
-
-  // 1 to 7 bytes.
-  static std::uint64_t load_short(std::string_view piece) {
-    const std::size_t size = piece.size();
-    if (size >= 4) {
-      const std::uint64_t first = load<std::uint32_t>(piece.data());
-      return first << 32 | load<std::uint32_t>(piece.data() + size - 4);
-    }
-    const auto byte = [&](std::size_t i) -> std::uint64_t {
-      return static_cast<unsigned char>(piece[i]);
-    };
-    return byte(0) << 16 | byte(size / 2) << 8 | byte(size - 1);
-  }
-
-  std::vector<Slot> slots_;
+  std::size_t count = 0;
+  std::string_view pieces[kSize];
+  ShortPiece keys[kSize];  // of the short ones
+  std::uint64_t hashes[kSize];
 };
 
 }  // namespace
 
 class BpeModel::Scratch {
  public:
-  PieceCache cache;
+  template <class Id>
+  ShortPieceCache<Id>& short_pieces() {
+    if constexpr (sizeof(Id) == sizeof(std::uint16_t)) {
+      return narrow_pieces;
+    } else {
+      return wide_pieces;
+    }
+  }
+
+  ShortPieceCache<std::uint16_t> narrow_pieces;
+  ShortPieceCache<std::uint32_t> wide_pieces;
+  LongPieceCache long_pieces;
+  std::vector<TokenId> merged;
   std::string prefixed;
 
   // The linked list and the queue of merge_long.
@@ -135,13 +90,21 @@ class BpeModel::Scratch {
 BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>& merges,
                    const std::array<TokenId, 256>& byte_ids,
                    const std::vector<TokenId>& special_ids, BpeOptions options)
-    : tokens_(std::move(tokens)), byte_ids_(byte_ids), options_(options) {
+    : tokens_(std::move(tokens)),
+      byte_ids_(byte_ids),
+      merges_(merges, options.ranks_are_ids),
+      options_(options) {
   pool_.reserve(kMaxPool);  // So that giving a scratch back cannot throw.
-  for (std::size_t place = 0; place < merges.size(); ++place) {
-    const BpeMerge& merge = merges[place];
-    const auto rank = options_.ranks_are_ids ? merge.result : static_cast<std::uint32_t>(place);
-    merges_[pair_key(merge.left, merge.right)] = {rank, merge.result};
-    ranks_ = std::max<std::size_t>(ranks_, std::size_t{rank} + 1);
+  byte_merges_.reserve(256 * 256);
+  for (const TokenId left : byte_ids_) {
+    for (const TokenId right : byte_ids_) byte_merges_.push_back(merges_.find(left, right));
+  }
+  short_tokens_.resize(tokens_.size());
+  for (std::size_t id = 0; id < tokens_.size(); ++id) {
+    ShortToken& token = short_tokens_[id];
+    token.size = static_cast<std::uint8_t>(
+        std::min<std::size_t>(tokens_[id].size(), ShortToken::kMaxBytes + 1));
+    if (token.size <= ShortToken::kMaxBytes) std::memcpy(token.bytes, tokens_[id].data(), token.size);
   }
   if (options_.ignore_merges) {
     const std::set<TokenId> special(special_ids.begin(), special_ids.end());
@@ -172,35 +135,79 @@ ScratchLease::~ScratchLease() {
   }
 }
 
-void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids,
+template <class Id>
+void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<Id>& ids,
                       Watch& watch) const {
   if (options_.add_prefix_space && !text.empty() && text.front() != ' ') {
     scratch.prefixed.assign(1, ' ').append(text);
     text = scratch.prefixed;
   }
-  const char* next_poll = text.data() + kPollBytes;
-  for_each_piece(options_.pattern, text, [&](std::string_view piece) {
-    if (piece.data() >= next_poll) {
-      watch.poll();
-      next_poll = piece.data() + kPollBytes;
-    }
-    encode_piece(piece, scratch, ids, watch);
-  });
+  Splitter splitter(options_.pattern, text);
+  while (splitter.next()) {
+    watch.poll();
+    // No more ids than bytes, and room for a whole slot's behind them.
+    const std::size_t before = ids.size();
+    ids.resize(before + splitter.ends()[splitter.size() - 1] + ShortPieceCache<Id>::kMaxIds + 1);
+    const Id* const end = encode_pieces(splitter, text, scratch, ids.data() + before, watch);
+    ids.resize(static_cast<std::size_t>(end - ids.data()));
+  }
 }
 
-void BpeModel::encode_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
-                            Watch& watch) const {
-  if (piece.size() > PieceCache::kMaxBytes) return merge_piece(piece, scratch, ids, watch);
-  const PieceCache::Key key(piece);
-  PieceCache::Slot& slot = scratch.cache.slot_of(key);
-  if (slot.holds(key)) {
-    ids.insert(ids.end(), slot.ids, slot.ids + slot.count);
-    return;
+template void BpeModel::encode(std::string_view, Scratch&, std::vector<std::uint16_t>&,
+                               Watch&) const;
+template void BpeModel::encode(std::string_view, Scratch&, std::vector<std::uint32_t>&,
+                               Watch&) const;
+
+// A look at the cache takes as long as all else where it goes to memory, so the slots of some pieces
+// are fetched while those before them are read.
+template <class Id>
+Id* BpeModel::encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch,
+                            Id* out, Watch& watch) const {
+  using Cache = ShortPieceCache<Id>;
+  Cache& cache = scratch.short_pieces<Id>();
+  PieceGroup groups[2];
+  groups[0].read(splitter, 0, text, cache);
+  for (std::size_t number = 0; groups[number % 2].count != 0; ++number) {
+    const PieceGroup& group = groups[number % 2];
+    groups[(number + 1) % 2].read(splitter, (number + 1) * PieceGroup::kSize, text, cache);
+    for (std::size_t i = 0; i < group.count; ++i) {
+      const std::string_view piece = group.pieces[i];
+      const bool is_short = piece.size() <= ShortPiece::kMaxBytes;
+      if (is_short) {
+        if (const auto* const slot = cache.find(group.keys[i], group.hashes[i])) {
+          // A copy of known size is quicker than one of just the ids there are.
+          std::memcpy(out, slot->ids, sizeof(slot->ids));
+          out += slot->count;
+          continue;
+        }
+      }
+      Id* const end = encode_new_piece(piece, scratch, out, watch);
+      const auto ids = static_cast<std::size_t>(end - out);
+      if (is_short && ids <= Cache::kMaxIds) cache.insert(group.keys[i], out, ids);
+      out = end;
+    }
   }
-  const std::size_t start = ids.size();
-  merge_piece(piece, scratch, ids, watch);
-  const std::size_t count = ids.size() - start;
-  if (count <= PieceCache::kMaxIds) PieceCache::fill(slot, key, &ids[start], count);
+  return out;
+}
+
+// A piece that the cache of short ones does not have.
+template <class Id>
+Id* BpeModel::encode_new_piece(std::string_view piece, Scratch& scratch, Id* out,
+                               Watch& watch) const {
+  constexpr std::size_t kMaxIds = ShortPieceCache<Id>::kMaxIds;
+  const bool may_be_kept = piece.size() > kMaxIds && piece.size() <= LongPieceCache::kMaxBytes;
+  if (may_be_kept) {
+    const auto [first, last] = scratch.long_pieces.find(piece);
+    if (first) return std::copy(first, last, out);
+  }
+  std::vector<TokenId>& merged = scratch.merged;
+  merged.clear();
+  merge_piece(piece, scratch, merged, watch);
+  const bool is_short = piece.size() <= ShortPiece::kMaxBytes && merged.size() <= kMaxIds;
+  if (may_be_kept && !is_short) {
+    scratch.long_pieces.insert(piece, merged.data(), merged.size());
+  }
+  return std::copy(merged.begin(), merged.end(), out);
 }
 
 void BpeModel::merge_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
@@ -216,26 +223,24 @@ void BpeModel::merge_piece(std::string_view piece, Scratch& scratch, std::vector
 // Merges, again and again, the leftmost pair of lowest rank.
 void BpeModel::merge_short(std::string_view piece, std::vector<TokenId>& ids) const {
   TokenId symbols[kMaxShortPiece];
-  std::uint32_t ranks[kMaxShortPiece];  // of the merge with the next symbol
+  RankedMerge next_merges[kMaxShortPiece];  // of a symbol with the next one
   std::size_t count = piece.size();
-  const auto rank_pair = [&](std::size_t i) {
-    const RankAndResult* const merge = merges_.find(pair_key(symbols[i], symbols[i + 1]));
-    ranks[i] = merge ? merge->rank : kNoRank;
-  };
-
-  for (std::size_t i = 0; i < count; ++i) {
-    symbols[i] = byte_ids_[static_cast<unsigned char>(piece[i])];
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(piece[i]); };
+  for (std::size_t i = 0; i < count; ++i) symbols[i] = byte_ids_[byte(i)];
+  for (std::size_t i = 0; i + 1 < count; ++i) {
+    next_merges[i] = byte_merges_[std::size_t{byte(i)} << 8 | byte(i + 1)];
   }
-  for (std::size_t i = 0; i + 1 < count; ++i) rank_pair(i);
   while (count > 1) {
-    const auto best = static_cast<std::size_t>(std::min_element(ranks, ranks + count - 1) - ranks);
-    if (ranks[best] == kNoRank) break;
-    symbols[best] = merges_.find(pair_key(symbols[best], symbols[best + 1]))->result;
+    const auto best =
+        static_cast<std::size_t>(std::min_element(next_merges, next_merges + count - 1) -
+                                 next_merges);
+    if (next_merges[best] == kNoMerge) break;
+    symbols[best] = result_of(next_merges[best]);
     std::copy(symbols + best + 2, symbols + count, symbols + best + 1);
-    std::copy(ranks + best + 1, ranks + count - 1, ranks + best);
+    std::copy(next_merges + best + 1, next_merges + count - 1, next_merges + best);
     --count;
-    if (best > 0) rank_pair(best - 1);
-    if (best + 1 < count) rank_pair(best);
+    if (best > 0) next_merges[best - 1] = merges_.find(symbols[best - 1], symbols[best]);
+    if (best + 1 < count) next_merges[best] = merges_.find(symbols[best], symbols[best + 1]);
   }
   ids.insert(ids.end(), symbols, symbols + count);
 }
@@ -247,7 +252,7 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<
   if (piece.size() >= kNoRank) throw std::length_error("a piece of text is longer than 4 GiB");
   constexpr std::uint32_t kEnd = kNoRank;
   const auto count = static_cast<std::uint32_t>(piece.size());
-  if (!scratch.queue) scratch.queue = std::make_unique<MergeQueue>(ranks_);
+  if (!scratch.queue) scratch.queue = std::make_unique<MergeQueue>(merges_.ranks());
   // Taken out of the scratch: if this is stopped half-way, the next piece gets a new one.
   std::unique_ptr<MergeQueue> queue = std::move(scratch.queue);
   auto& symbols = scratch.symbols;
@@ -255,10 +260,10 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<
     Scratch::Symbol& symbol = symbols[i];
     symbol.rank = kNoRank;
     if (symbol.next == kEnd) return;
-    const RankAndResult* const merge = merges_.find(pair_key(symbol.id, symbols[symbol.next].id));
-    if (!merge) return;
-    symbol.rank = merge->rank;
-    queue->push({merge->rank, i});
+    const RankedMerge merge = merges_.find(symbol.id, symbols[symbol.next].id);
+    if (merge == kNoMerge) return;
+    symbol.rank = rank_of(merge);
+    queue->push({symbol.rank, i});
   };
 
   symbols.resize(count);
@@ -267,16 +272,16 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<
     symbols[i] = {id, kNoRank, i == 0 ? kEnd : i - 1, i + 1 == count ? kEnd : i + 1};
   }
   for (std::uint32_t i = 0; i < count; ++i) {
-    if (i % kPollBytes == 0) watch.poll();
+    if (i % kPollSteps == 0) watch.poll();
     rank_pair(i);
   }
   for (std::size_t steps = 0; !queue->empty(); ++steps) {
-    if (steps % kPollBytes == 0) watch.poll();
+    if (steps % kPollSteps == 0) watch.poll();
     const auto [rank, i] = queue->pop();
     Scratch::Symbol& symbol = symbols[i];
     if (symbol.rank != rank) continue;
     Scratch::Symbol& absorbed = symbols[symbol.next];
-    symbol.id = merges_.find(pair_key(symbol.id, absorbed.id))->result;
+    symbol.id = result_of(merges_.find(symbol.id, absorbed.id));
     absorbed.rank = kNoRank;
     symbol.next = absorbed.next;
     if (symbol.next != kEnd) symbols[symbol.next].previous = i;

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -11,16 +12,11 @@
 #include <unordered_map>
 #include <vector>
 
-#include "pair_map.hpp"
+#include "merge_table.hpp"
 #include "pretokenize.hpp"
 #include "watch.hpp"
 
 namespace tinylm {
-
-// `left` followed by `right` becomes `result`.
-struct BpeMerge {
-  TokenId left, right, result;
-};
 
 struct BpeOptions {
   SplitPattern pattern = SplitPattern::kGpt2;
@@ -50,25 +46,64 @@ class BpeModel {
 
   std::size_t vocab_size() const { return tokens_.size(); }
 
-  // Appends the ids of `text`, valid UTF-8 in pieces of less than 4 GiB. n log n in a piece's
-  // length at worst. Any number of threads may call it at once, each with its own scratch. `watch`
-  // stops it by an exception.
-  void encode(std::string_view text, Scratch& scratch, std::vector<TokenId>& ids,
-              Watch& watch) const;
+  // Appends the ids of `text`, valid UTF-8 in pieces of less than 2 GiB; Id is std::uint16_t, if all
+  // ids fit, or std::uint32_t. n log n in a piece's length at worst. Any number of threads may call
+  // it at once, each with its own scratch. `watch` stops it by an exception.
+  template <class Id>
+  void encode(std::string_view text, Scratch& scratch, std::vector<Id>& ids, Watch& watch) const;
+
+  // Whether the ids fit 16 bits.
+  bool is_narrow() const { return tokens_.size() <= std::size_t{1} << 16; }
 
   // The bytes of a token, empty if there is none; `id` < vocab_size().
   std::string_view token(TokenId id) const { return tokens_[id]; }
 
+  // The bytes of some ids together, or of those before the first that has none, which `bad` then
+  // points to; Id is any integer. Linear.
+  template <class Id>
+  std::size_t decoded_size(const Id* first, const Id* last, const Id*& bad) const {
+    std::size_t size = 0;
+    for (bad = first; bad != last; ++bad) {
+      if (*bad < 0 || static_cast<std::uint64_t>(*bad) >= tokens_.size()) break;
+      const auto id = static_cast<std::size_t>(*bad);
+      const std::size_t token_size = short_tokens_[id].size;
+      if (token_size == 0) break;
+      size += token_size <= ShortToken::kMaxBytes ? token_size : tokens_[id].size();
+    }
+    return size;
+  }
+
+  // Writes the bytes of ids that all have some to [out, out_end), which they fill. Linear.
+  template <class Id>
+  void decode(const Id* first, const Id* last, char* out, const char* out_end) const {
+    for (; first != last; ++first) {
+      const auto id = static_cast<std::size_t>(*first);
+      const ShortToken& token = short_tokens_[id];
+      if (token.size <= ShortToken::kMaxBytes && out_end - out >= std::ptrdiff_t{sizeof(token)}) {
+        // One copy of known size is quicker than one of just the token's.
+        std::memcpy(out, &token, sizeof(token));
+        out += token.size;
+      } else {
+        std::memcpy(out, tokens_[id].data(), tokens_[id].size());
+        out += tokens_[id].size();
+      }
+    }
+  }
+
  private:
   friend class ScratchLease;
 
-  struct RankAndResult {
-    std::uint32_t rank;
-    TokenId result;
+  struct ShortToken {
+    static constexpr std::size_t kMaxBytes = 15;
+    char bytes[kMaxBytes] = {};
+    std::uint8_t size = 0;  // 0: no token; above kMaxBytes: see tokens_
   };
 
-  void encode_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
+  template <class Id>
+  Id* encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch, Id* out,
                     Watch& watch) const;
+  template <class Id>
+  Id* encode_new_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
   void merge_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
                    Watch& watch) const;
   void merge_short(std::string_view piece, std::vector<TokenId>& ids) const;
@@ -76,9 +111,10 @@ class BpeModel {
                   Watch& watch) const;
 
   std::vector<std::string> tokens_;
+  std::vector<ShortToken> short_tokens_;
   std::array<TokenId, 256> byte_ids_;
-  PairMap<RankAndResult> merges_;
-  std::size_t ranks_ = 0;                                       // more than any rank
+  MergeTable merges_;
+  std::vector<RankedMerge> byte_merges_;                        // of each byte with each
   std::unordered_map<std::string_view, TokenId> whole_pieces_;  // only with ignore_merges
   BpeOptions options_;
 

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,8 +24,6 @@
 namespace tinylm {
 
 namespace {
-
-using IdArray = py::array_t<std::int64_t, py::array::c_style>;
 
 std::vector<BpeMerge> to_merges(const MergeArray& array) {
   if (array.ndim() != 2 || array.shape(1) != 3) throw py::value_error("merges must be [n, 3]");
@@ -80,16 +79,18 @@ py::list encode(const BpeModel& model, const py::str& text, bool replace) {
 }
 
 // Ids of all texts, in pieces: one vector for each run of texts.
+template <class Id>
 struct EncodedChunks {
-  std::vector<std::vector<TokenId>> ids;
+  std::vector<std::vector<Id>> ids;
   std::vector<std::int64_t> offsets;  // of the texts, in all ids
 };
 
-EncodedChunks encode_chunks(const BpeModel& model, const TextBatch& batch,
-                            std::optional<TokenId> eos_id, int threads) {
+template <class Id>
+EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
+                                std::optional<TokenId> eos_id, int threads) {
   const std::vector<std::size_t> starts = batch.chunk_starts();
   const std::size_t chunks = starts.size() - 1;
-  EncodedChunks result;
+  EncodedChunks<Id> result;
   result.ids.resize(chunks);
   result.offsets.assign(batch.size() + 1, 0);
   threads = resolve_threads(threads, chunks);
@@ -99,12 +100,12 @@ EncodedChunks encode_chunks(const BpeModel& model, const TextBatch& batch,
   parallel_for(chunks, threads, watch, [&](std::size_t chunk, int worker) {
     auto& scratch = scratches[static_cast<std::size_t>(worker)];
     if (!scratch) scratch = std::make_unique<ScratchLease>(model);
-    std::vector<TokenId>& ids = result.ids[chunk];
+    std::vector<Id>& ids = result.ids[chunk];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const std::size_t before = ids.size();
       model.encode(to_utf8(batch[i], buffers[static_cast<std::size_t>(worker)]), **scratch, ids,
                    watch);
-      if (eos_id) ids.push_back(*eos_id);
+      if (eos_id) ids.push_back(static_cast<Id>(*eos_id));
       result.offsets[i + 1] = static_cast<std::int64_t>(ids.size() - before);
     }
   });
@@ -112,17 +113,34 @@ EncodedChunks encode_chunks(const BpeModel& model, const TextBatch& batch,
   return result;
 }
 
-template <class Id>
-py::array join_chunks(EncodedChunks& encoded) {
-  py::array_t<Id> array(encoded.offsets.back());
-  Id* out = array.mutable_data();
+// One array of `ArrayId`, as wide as Id.
+template <class ArrayId, class Id>
+py::array join_chunks(EncodedChunks<Id>& encoded) {
+  static_assert(sizeof(ArrayId) == sizeof(Id));
+  py::array_t<ArrayId> array(encoded.offsets.back());
+  auto* out = reinterpret_cast<char*>(array.mutable_data());
   const py::gil_scoped_release release;
-  for (std::vector<TokenId>& ids : encoded.ids) {
-    out =
-        std::transform(ids.begin(), ids.end(), out, [](TokenId id) { return static_cast<Id>(id); });
-    std::vector<TokenId>().swap(ids);
+  for (std::vector<Id>& ids : encoded.ids) {
+    const std::size_t bytes = ids.size() * sizeof(Id);
+    if (bytes != 0) std::memcpy(out, ids.data(), bytes);
+    out += bytes;
+    std::vector<Id>().swap(ids);
   }
   return array;
+}
+
+template <class ArrayId, class Id>
+std::pair<py::array, py::array> encode_batch_as(const BpeModel& model, const TextBatch& batch,
+                                                std::optional<TokenId> eos_id, int threads) {
+  EncodedChunks<Id> encoded;
+  {
+    const py::gil_scoped_release release;
+    encoded = encode_chunks<Id>(model, batch, eos_id, threads);
+  }
+  py::array ids = join_chunks<ArrayId>(encoded);
+  return {std::move(ids),
+          py::array_t<std::int64_t>(static_cast<py::ssize_t>(encoded.offsets.size()),
+                                    encoded.offsets.data())};
 }
 
 std::pair<py::array, py::array> encode_batch(const BpeModel& model, const py::sequence& texts,
@@ -130,17 +148,10 @@ std::pair<py::array, py::array> encode_batch(const BpeModel& model, const py::se
                                              int threads) {
   const TextBatch batch(texts);
   if (!replace) batch.refuse_surrogates();
-  EncodedChunks encoded;
-  {
-    const py::gil_scoped_release release;
-    encoded = encode_chunks(model, batch, eos_id, threads);
+  if (model.is_narrow()) {
+    return encode_batch_as<std::uint16_t, std::uint16_t>(model, batch, eos_id, threads);
   }
-  const bool is_narrow = model.vocab_size() <= std::size_t{1} << 16;
-  py::array ids =
-      is_narrow ? join_chunks<std::uint16_t>(encoded) : join_chunks<std::int32_t>(encoded);
-  return {std::move(ids),
-          py::array_t<std::int64_t>(static_cast<py::ssize_t>(encoded.offsets.size()),
-                                    encoded.offsets.data())};
+  return encode_batch_as<std::int32_t, std::uint32_t>(model, batch, eos_id, threads);
 }
 
 py::index_error not_in_vocabulary(const BpeModel& model, const std::string& id,
@@ -149,30 +160,51 @@ py::index_error not_in_vocabulary(const BpeModel& model, const std::string& id,
                          " is not in the vocabulary of " + std::to_string(model.vocab_size()));
 }
 
-py::bytes decode_range(const BpeModel& model, const std::int64_t* first, const std::int64_t* last) {
-  const auto limit = static_cast<std::int64_t>(model.vocab_size());
-  std::string bytes;
-  const std::int64_t* bad = first;
-  {
+// So many ids are decoded between two looks at Python's signals.
+constexpr std::ptrdiff_t kDecodedIds = std::ptrdiff_t{1} << 20;
+
+template <class Id>
+py::bytes decode_range(const BpeModel& model, const Id* first, const Id* last) {
+  Watch watch;
+  // Calls function(first, last) for some ids at a time, without the GIL.
+  const auto for_each_run = [&](auto&& function) {
     const py::gil_scoped_release release;
-    std::size_t size = 0;
-    for (; bad != last && *bad >= 0 && *bad < limit; ++bad) {
-      const std::string_view token = model.token(static_cast<TokenId>(*bad));
-      if (token.empty()) break;
-      size += token.size();
+    for (const Id* run = first; run != last;) {
+      watch.poll();
+      const Id* const end = run + std::min(kDecodedIds, last - run);
+      if (!function(run, end)) break;
+      run = end;
     }
-    if (bad == last) bytes.reserve(size);
-    for (auto id = first; bad == last && id != last; ++id) {
-      bytes.append(model.token(static_cast<TokenId>(*id)));
-    }
-  }
+  };
+  std::vector<std::size_t> sizes;
+  std::size_t size = 0;
+  const Id* bad = last;
+  for_each_run([&](const Id* run, const Id* end) {
+    const Id* stop;
+    sizes.push_back(model.decoded_size(run, end, stop));
+    size += sizes.back();
+    if (stop != end) bad = stop;
+    return stop == end;
+  });
   if (bad != last) {
     throw not_in_vocabulary(model, std::to_string(*bad), static_cast<std::size_t>(bad - first));
   }
-  return py::bytes(bytes);
+  // Filled where it lies: nobody else has seen it.
+  const auto bytes = py::reinterpret_steal<py::bytes>(
+      PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size)));
+  if (!bytes) throw py::error_already_set();
+  char* out = PyBytes_AS_STRING(bytes.ptr());
+  auto run_size = sizes.begin();
+  for_each_run([&](const Id* run, const Id* end) {
+    model.decode(run, end, out, out + *run_size);
+    out += *run_size++;
+    return true;
+  });
+  return bytes;
 }
 
-py::bytes decode(const BpeModel& model, const IdArray& ids) {
+template <class Id>
+py::bytes decode(const BpeModel& model, const py::array_t<Id, py::array::c_style>& ids) {
   return decode_range(model, ids.data(), ids.data() + ids.size());
 }
 
@@ -215,7 +247,9 @@ void bind_bpe(py::module_& m) {
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("eos_id"), py::arg("replace"),
            py::arg("threads"))
       .def("decode", &decode_list, py::arg("ids"))
-      .def("decode", &decode, py::arg("ids"));
+      .def("decode", &decode<std::uint16_t>, py::arg("ids").noconvert())
+      .def("decode", &decode<std::int32_t>, py::arg("ids").noconvert())
+      .def("decode", &decode<std::int64_t>, py::arg("ids"));
 }
 
 }  // namespace tinylm

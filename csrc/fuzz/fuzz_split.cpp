@@ -8,6 +8,7 @@
 
 #include "fuzz_text.hpp"
 #include "pretokenize.hpp"
+#include "simd/instruction_set.hpp"
 #include "unicode_classes.hpp"
 #include "utf8.hpp"
 
@@ -178,6 +179,11 @@ void check(std::string_view text) {
     chars.push_back({code_point, char_classes()[code_point]});
   }
   offsets.push_back(text.size());
+
+  // The character classes of each instruction set in turn.
+  static int calls = 0;
+  const int sets = static_cast<int>(best_instruction_set()) + 1;
+  use_instruction_set(static_cast<InstructionSet>(calls++ % sets));
 
   std::size_t begin = 0;
   for_each_piece(SplitPattern::TINYLM_PATTERN, text, [&](std::string_view piece) {
