@@ -9,30 +9,55 @@ namespace {
 constexpr std::uint32_t kReplacement = 0xFFFD;
 
 inline bool is_surrogate(std::uint32_t code_point) {
-  return code_point >= 0xD800 && code_point < 0xE000;
+  return (code_point & 0xFFFFF800) == 0xD800;
 }
+
+// Loops over so many code units at a time have no early end, so compilers turn them into vector
+// instructions.
+constexpr std::size_t kRun = 16;
 
 template <class CodeUnit>
 std::size_t find_surrogate_in(const CodeUnit* data, std::size_t length) {
-  for (std::size_t i = 0; i < length; ++i) {
+  std::size_t i = 0;
+  for (; i + kRun <= length; i += kRun) {
+    unsigned found = 0;
+    for (std::size_t j = 0; j < kRun; ++j) found |= is_surrogate(data[i + j]);
+    if (found != 0) break;
+  }
+  for (; i < length; ++i) {
     if (is_surrogate(data[i])) return i;
   }
   return kNoPosition;
 }
 
 template <class CodeUnit>
-std::string_view write_utf8(const CodeUnit* data, std::size_t length, std::string& buffer) {
+Utf8Text write_utf8(const CodeUnit* data, std::size_t length, Utf8Buffer& buffer) {
   // A code unit of one byte is below U+0100, of two bytes below U+10000.
   constexpr std::size_t kMaxBytes = sizeof(CodeUnit) == 1 ? 2 : sizeof(CodeUnit) == 2 ? 3 : 4;
   // encode_utf8 may ask for room beyond what it keeps.
-  const std::size_t room = length * kMaxBytes + kMaxUtf8Bytes;
-  if (buffer.size() < room) buffer.resize(room);
-  char* out = buffer.data();
-  for (std::size_t i = 0; i < length; ++i) {
-    const std::uint32_t code_point = data[i];
-    out = encode_utf8(is_surrogate(code_point) ? kReplacement : code_point, out);
+  char* const begin = buffer.reserve(length * kMaxBytes + kMaxUtf8Bytes);
+  char* out = begin;
+  bool has_replaced = false;
+  const auto write = [&](std::uint32_t code_point) {
+    if (sizeof(CodeUnit) > 1 && is_surrogate(code_point)) {
+      has_replaced = true;
+      code_point = kReplacement;
+    }
+    out = encode_utf8(code_point, out);
+  };
+  std::size_t i = 0;
+  for (; i + kRun <= length; i += kRun) {
+    CodeUnit all_bits = 0;
+    for (std::size_t j = 0; j < kRun; ++j) all_bits |= data[i + j];
+    if (all_bits < 0x80) {
+      for (std::size_t j = 0; j < kRun; ++j) out[j] = static_cast<char>(data[i + j]);
+      out += kRun;
+    } else {
+      for (std::size_t j = 0; j < kRun; ++j) write(data[i + j]);
+    }
   }
-  return {buffer.data(), static_cast<std::size_t>(out - buffer.data())};
+  for (; i < length; ++i) write(data[i]);
+  return {{begin, static_cast<std::size_t>(out - begin)}, has_replaced};
 }
 
 }  // namespace
@@ -48,8 +73,8 @@ std::size_t find_surrogate(const SourceText& text) {
   }
 }
 
-std::string_view to_utf8(const SourceText& text, std::string& buffer) {
-  if (text.is_ascii) return {static_cast<const char*>(text.data), text.length};
+Utf8Text to_utf8(const SourceText& text, Utf8Buffer& buffer) {
+  if (text.is_ascii) return {{static_cast<const char*>(text.data), text.length}, false};
   switch (text.width) {
     case 1:
       return write_utf8(static_cast<const std::uint8_t*>(text.data), text.length, buffer);

@@ -3,9 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
+#include <memory>
 #include <string_view>
-#include <vector>
 
 namespace tinylm {
 
@@ -21,8 +20,32 @@ constexpr std::size_t kNoPosition = static_cast<std::size_t>(-1);
 // Position of the first surrogate of `text`, or kNoPosition. Linear.
 std::size_t find_surrogate(const SourceText& text);
 
+// Room for one text after another, which is not filled before it is written.
+class Utf8Buffer {
+ public:
+  char* reserve(std::size_t bytes) {
+    if (bytes > capacity_) {
+      bytes_.reset();
+      bytes_.reset(new char[bytes]);
+      capacity_ = bytes;
+    }
+    return bytes_.get();
+  }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  std::size_t capacity_ = 0;
+};
+
+struct Utf8Text {
+  std::string_view bytes;
+  bool has_replaced;  // U+FFFD for a surrogate
+
+  operator std::string_view() const { return bytes; }
+};
+
 // The text as UTF-8, with U+FFFD for each surrogate. ASCII stays where it is; the rest is written
 // to `buffer`, which must live as long as the result. Linear.
-std::string_view to_utf8(const SourceText& text, std::string& buffer);
+Utf8Text to_utf8(const SourceText& text, Utf8Buffer& buffer);
 
 }  // namespace tinylm

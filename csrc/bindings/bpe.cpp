@@ -59,17 +59,39 @@ std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const
 // A list of so many ids is made between two looks at Python's signals.
 constexpr std::size_t kSignalCheckIds = std::size_t{1} << 20;
 
+// Thrown where a text has a surrogate and none may be replaced.
+struct SurrogateFound {};
+
+// Calls function(), and if that finds a surrogate raises Python's error for the first one. So texts
+// without any are read once.
+template <class Function>
+void refusing_surrogates(const TextBatch& batch, Function&& function) {
+  try {
+    function();
+  } catch (const SurrogateFound&) {
+    batch.refuse_surrogates();
+  }
+}
+
+template <class Id>
+void encode_text(const BpeModel& model, const SourceText& text, bool replace,
+                 BpeModel::Scratch& scratch, Utf8Buffer& buffer, std::vector<Id>& ids,
+                 Watch& watch) {
+  const Utf8Text utf8 = to_utf8(text, buffer);
+  if (utf8.has_replaced && !replace) throw SurrogateFound();
+  model.encode(utf8.bytes, scratch, ids, watch);
+}
+
 py::list encode(const BpeModel& model, const py::str& text, bool replace) {
   const TextBatch batch(py::make_tuple(text));
-  if (!replace) batch.refuse_surrogates();
   std::vector<TokenId> ids;
-  {
+  refusing_surrogates(batch, [&] {
     const py::gil_scoped_release release;
     const ScratchLease scratch(model);
-    std::string buffer;
+    Utf8Buffer buffer;
     Watch watch;
-    model.encode(to_utf8(batch[0], buffer), *scratch, ids, watch);
-  }
+    encode_text(model, batch[0], replace, *scratch, buffer, ids, watch);
+  });
   py::list list(ids.size());
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (i % kSignalCheckIds == 0 && PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -87,7 +109,7 @@ struct EncodedChunks {
 
 template <class Id>
 EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
-                                std::optional<TokenId> eos_id, int threads) {
+                                std::optional<TokenId> eos_id, bool replace, int threads) {
   const std::vector<std::size_t> starts = batch.chunk_starts();
   const std::size_t chunks = starts.size() - 1;
   EncodedChunks<Id> result;
@@ -95,7 +117,7 @@ EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
   result.offsets.assign(batch.size() + 1, 0);
   threads = resolve_threads(threads, chunks);
   std::vector<std::unique_ptr<ScratchLease>> scratches(static_cast<std::size_t>(threads));
-  std::vector<std::string> buffers(scratches.size());
+  std::vector<Utf8Buffer> buffers(scratches.size());
   Watch watch;
   parallel_for(chunks, threads, watch, [&](std::size_t chunk, int worker) {
     auto& scratch = scratches[static_cast<std::size_t>(worker)];
@@ -103,8 +125,8 @@ EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
     std::vector<Id>& ids = result.ids[chunk];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const std::size_t before = ids.size();
-      model.encode(to_utf8(batch[i], buffers[static_cast<std::size_t>(worker)]), **scratch, ids,
-                   watch);
+      encode_text(model, batch[i], replace, **scratch, buffers[static_cast<std::size_t>(worker)],
+                  ids, watch);
       if (eos_id) ids.push_back(static_cast<Id>(*eos_id));
       result.offsets[i + 1] = static_cast<std::int64_t>(ids.size() - before);
     }
@@ -131,12 +153,13 @@ py::array join_chunks(EncodedChunks<Id>& encoded) {
 
 template <class ArrayId, class Id>
 std::pair<py::array, py::array> encode_batch_as(const BpeModel& model, const TextBatch& batch,
-                                                std::optional<TokenId> eos_id, int threads) {
+                                                std::optional<TokenId> eos_id, bool replace,
+                                                int threads) {
   EncodedChunks<Id> encoded;
-  {
+  refusing_surrogates(batch, [&] {
     const py::gil_scoped_release release;
-    encoded = encode_chunks<Id>(model, batch, eos_id, threads);
-  }
+    encoded = encode_chunks<Id>(model, batch, eos_id, replace, threads);
+  });
   py::array ids = join_chunks<ArrayId>(encoded);
   return {std::move(ids),
           py::array_t<std::int64_t>(static_cast<py::ssize_t>(encoded.offsets.size()),
@@ -147,11 +170,10 @@ std::pair<py::array, py::array> encode_batch(const BpeModel& model, const py::se
                                              std::optional<TokenId> eos_id, bool replace,
                                              int threads) {
   const TextBatch batch(texts);
-  if (!replace) batch.refuse_surrogates();
   if (model.is_narrow()) {
-    return encode_batch_as<std::uint16_t, std::uint16_t>(model, batch, eos_id, threads);
+    return encode_batch_as<std::uint16_t, std::uint16_t>(model, batch, eos_id, replace, threads);
   }
-  return encode_batch_as<std::int32_t, std::uint32_t>(model, batch, eos_id, threads);
+  return encode_batch_as<std::int32_t, std::uint32_t>(model, batch, eos_id, replace, threads);
 }
 
 py::index_error not_in_vocabulary(const BpeModel& model, const std::string& id,
@@ -225,9 +247,9 @@ py::bytes decode_list(const BpeModel& model, const py::list& list) {
 py::list pretokenize(const py::str& text, const std::string& pattern) {
   const TextBatch batch(py::make_tuple(text));
   batch.refuse_surrogates();
-  std::string buffer;
+  Utf8Buffer buffer;
   py::list pieces;
-  for_each_piece(to_pattern(pattern), to_utf8(batch[0], buffer), [&](std::string_view piece) {
+  for_each_piece(to_pattern(pattern), to_utf8(batch[0], buffer).bytes, [&](std::string_view piece) {
     pieces.append(py::str(piece.data(), piece.size()));
   });
   return pieces;

@@ -30,10 +30,10 @@ void count(BpeCounter& counter, const py::sequence& texts, bool replace, int thr
   const std::vector<std::size_t> starts = batch.chunk_starts();
   threads = resolve_threads(threads, starts.size() - 1);
   counter.reserve_workers(threads);
-  std::vector<std::string> buffers(static_cast<std::size_t>(threads));
+  std::vector<Utf8Buffer> buffers(static_cast<std::size_t>(threads));
   Watch watch;
   parallel_for(starts.size() - 1, threads, watch, [&](std::size_t chunk, int worker) {
-    std::string& buffer = buffers[static_cast<std::size_t>(worker)];
+    Utf8Buffer& buffer = buffers[static_cast<std::size_t>(worker)];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       counter.add(to_utf8(batch[i], buffer), worker, watch);
     }

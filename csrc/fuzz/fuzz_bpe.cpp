@@ -140,7 +140,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::size_t merges = std::min<std::size_t>(data[1] % 64 * 2, size - 2);
   const auto vocabulary = tinylm::make_vocabulary(data + 2, merges, data[0]);
   const tinylm::FuzzText text(data + 2 + merges, size - 2 - merges);
-  std::string buffer;
+  tinylm::Utf8Buffer buffer;
   const std::string_view utf8 = tinylm::to_utf8(text.source(), buffer);
   tinylm::check_encoding(vocabulary, utf8);
   tinylm::check_training(vocabulary, utf8);

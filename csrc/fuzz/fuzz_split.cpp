@@ -205,7 +205,7 @@ void check(std::string_view text) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const tinylm::FuzzText text(data, size);
-  std::string buffer;
+  tinylm::Utf8Buffer buffer;
   // A copy of exactly the text, so that reading beyond its end is seen.
   const std::string_view utf8 = tinylm::to_utf8(text.source(), buffer);
   const std::vector<char> exact(utf8.begin(), utf8.end());
