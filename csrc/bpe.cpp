@@ -27,6 +27,10 @@ constexpr std::size_t kMaxKeptSymbols = std::size_t{1} << 18;
 // More idle scratches than this are not worth their memory.
 constexpr std::size_t kMaxPool = 64;
 
+unsigned char byte_at(std::string_view piece, std::size_t i) {
+  return static_cast<unsigned char>(piece[i]);
+}
+
 // Pieces that are looked up together.
 struct PieceGroup {
   static constexpr std::size_t kSize = 32;
@@ -104,7 +108,8 @@ BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>&
     ShortToken& token = short_tokens_[id];
     token.size = static_cast<std::uint8_t>(
         std::min<std::size_t>(tokens_[id].size(), ShortToken::kMaxBytes + 1));
-    if (token.size <= ShortToken::kMaxBytes) std::memcpy(token.bytes, tokens_[id].data(), token.size);
+    if (token.size <= ShortToken::kMaxBytes)
+      std::memcpy(token.bytes, tokens_[id].data(), token.size);
   }
   if (options_.ignore_merges) {
     const std::set<TokenId> special(special_ids.begin(), special_ids.end());
@@ -158,8 +163,8 @@ template void BpeModel::encode(std::string_view, Scratch&, std::vector<std::uint
 template void BpeModel::encode(std::string_view, Scratch&, std::vector<std::uint32_t>&,
                                Watch&) const;
 
-// A look at the cache takes as long as all else where it goes to memory, so the slots of some pieces
-// are fetched while those before them are read.
+// A look at the cache takes as long as all else where it goes to memory, so the slots of some
+// pieces are fetched while those before them are read.
 template <class Id>
 Id* BpeModel::encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch,
                             Id* out, Watch& watch) const {
@@ -225,15 +230,11 @@ void BpeModel::merge_short(std::string_view piece, std::vector<TokenId>& ids) co
   TokenId symbols[kMaxShortPiece];
   RankedMerge next_merges[kMaxShortPiece];  // of a symbol with the next one
   std::size_t count = piece.size();
-  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(piece[i]); };
-  for (std::size_t i = 0; i < count; ++i) symbols[i] = byte_ids_[byte(i)];
-  for (std::size_t i = 0; i + 1 < count; ++i) {
-    next_merges[i] = byte_merges_[std::size_t{byte(i)} << 8 | byte(i + 1)];
-  }
+  for (std::size_t i = 0; i < count; ++i) symbols[i] = byte_ids_[byte_at(piece, i)];
+  for (std::size_t i = 0; i + 1 < count; ++i) next_merges[i] = byte_merge(piece, i);
   while (count > 1) {
-    const auto best =
-        static_cast<std::size_t>(std::min_element(next_merges, next_merges + count - 1) -
-                                 next_merges);
+    const auto best = static_cast<std::size_t>(
+        std::min_element(next_merges, next_merges + count - 1) - next_merges);
     if (next_merges[best] == kNoMerge) break;
     symbols[best] = result_of(next_merges[best]);
     std::copy(symbols + best + 2, symbols + count, symbols + best + 1);
@@ -256,30 +257,29 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<
   // Taken out of the scratch: if this is stopped half-way, the next piece gets a new one.
   std::unique_ptr<MergeQueue> queue = std::move(scratch.queue);
   auto& symbols = scratch.symbols;
+  const auto rank = [&](std::uint32_t i, RankedMerge merge) {
+    symbols[i].rank = rank_of(merge);
+    if (merge != kNoMerge) queue->push({rank_of(merge), i});
+  };
   const auto rank_pair = [&](std::uint32_t i) {
-    Scratch::Symbol& symbol = symbols[i];
-    symbol.rank = kNoRank;
-    if (symbol.next == kEnd) return;
-    const RankedMerge merge = merges_.find(symbol.id, symbols[symbol.next].id);
-    if (merge == kNoMerge) return;
-    symbol.rank = rank_of(merge);
-    queue->push({symbol.rank, i});
+    const Scratch::Symbol& symbol = symbols[i];
+    const bool is_last = symbol.next == kEnd;
+    rank(i, is_last ? kNoMerge : merges_.find(symbol.id, symbols[symbol.next].id));
   };
 
   symbols.resize(count);
   for (std::uint32_t i = 0; i < count; ++i) {
-    const TokenId id = byte_ids_[static_cast<unsigned char>(piece[i])];
-    symbols[i] = {id, kNoRank, i == 0 ? kEnd : i - 1, i + 1 == count ? kEnd : i + 1};
-  }
-  for (std::uint32_t i = 0; i < count; ++i) {
     if (i % kPollSteps == 0) watch.poll();
-    rank_pair(i);
+    const bool is_last = i + 1 == count;
+    symbols[i] = {byte_ids_[byte_at(piece, i)], kNoRank, i == 0 ? kEnd : i - 1,
+                  is_last ? kEnd : i + 1};
+    if (!is_last) rank(i, byte_merge(piece, i));
   }
   for (std::size_t steps = 0; !queue->empty(); ++steps) {
     if (steps % kPollSteps == 0) watch.poll();
-    const auto [rank, i] = queue->pop();
+    const auto [lowest, i] = queue->pop();
     Scratch::Symbol& symbol = symbols[i];
-    if (symbol.rank != rank) continue;
+    if (symbol.rank != lowest) continue;
     Scratch::Symbol& absorbed = symbols[symbol.next];
     symbol.id = result_of(merges_.find(symbol.id, absorbed.id));
     absorbed.rank = kNoRank;

@@ -46,9 +46,9 @@ class BpeModel {
 
   std::size_t vocab_size() const { return tokens_.size(); }
 
-  // Appends the ids of `text`, valid UTF-8 in pieces of less than 2 GiB; Id is std::uint16_t, if all
-  // ids fit, or std::uint32_t. n log n in a piece's length at worst. Any number of threads may call
-  // it at once, each with its own scratch. `watch` stops it by an exception.
+  // Appends the ids of `text`, valid UTF-8 in pieces of less than 2 GiB; Id is std::uint16_t, if
+  // all ids fit, or std::uint32_t. n log n in a piece's length at worst. Any number of threads may
+  // call it at once, each with its own scratch. `watch` stops it by an exception.
   template <class Id>
   void encode(std::string_view text, Scratch& scratch, std::vector<Id>& ids, Watch& watch) const;
 
@@ -99,6 +99,11 @@ class BpeModel {
     std::uint8_t size = 0;  // 0: no token; above kMaxBytes: see tokens_
   };
 
+  // The merge of bytes i and i + 1.
+  RankedMerge byte_merge(std::string_view piece, std::size_t i) const {
+    const auto byte = [piece](std::size_t at) { return static_cast<unsigned char>(piece[at]); };
+    return byte_merges_[std::size_t{byte(i)} << 8 | byte(i + 1)];
+  }
   template <class Id>
   Id* encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch, Id* out,
                     Watch& watch) const;

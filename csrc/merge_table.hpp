@@ -39,7 +39,8 @@ class MergeTable {
     for (std::size_t place = 0; place < merges.size(); ++place) {
       const std::uint64_t hashed = hash(merges[place].left, merges[place].right);
       std::size_t i = hashed & (slots - 1);
-      while (slots_[i].place != kNone && !is_of(slots_[i], merges[place].left, merges[place].right)) {
+      while (slots_[i].place != kNone &&
+             !is_of(slots_[i], merges[place].left, merges[place].right)) {
         i = (i + 1) & (slots - 1);
       }
       slots_[i] = {fingerprint(hashed), static_cast<std::uint32_t>(place)};

@@ -52,8 +52,8 @@ struct ShortPiece {
     std::uint64_t words[2];
     std::memcpy(words, begin, sizeof(words));
     return {words[0] & kShortPieceMasks.low[bytes],
-            (words[1] & kShortPieceMasks.high[bytes]) |
-                std::uint64_t{bytes} << kShortPieceMasks.count_shift};
+            (words[1] & kShortPieceMasks.high[bytes]) | std::uint64_t{bytes}
+                                                            << kShortPieceMasks.count_shift};
   }
 
   // Reads `bytes` only.
@@ -183,10 +183,9 @@ class LongPieceCache {
     if (size_ == kMaxEntries) *this = LongPieceCache();
     if (2 * (size_ + 1) > entries_.size()) grow();
     const std::uint64_t hashed = hash(piece);
-    entries_[index_of(piece, hashed)] = {hashed, static_cast<std::uint32_t>(text_.size()),
-                                         static_cast<std::uint32_t>(ids_.size()),
-                                         static_cast<std::uint32_t>(piece.size()),
-                                         static_cast<std::uint32_t>(count)};
+    entries_[index_of(piece, hashed)] = {
+        hashed, static_cast<std::uint32_t>(text_.size()), static_cast<std::uint32_t>(ids_.size()),
+        static_cast<std::uint32_t>(piece.size()), static_cast<std::uint32_t>(count)};
     text_.insert(text_.end(), piece.begin(), piece.end());
     ids_.insert(ids_.end(), ids, ids + count);
     ++size_;

@@ -24,10 +24,7 @@ std::uint64_t shift(std::uint64_t bits, std::uint64_t bits_before) {
 // A block and its surroundings. `after_x` are the bytes behind one of class x.
 struct Block {
   Block(const Window& window, std::size_t i)
-      : here(window.classes[i]),
-        letter(letters(here)),
-        symbol(symbols(here)),
-        blank(blanks(here)) {
+      : here(window.classes[i]), letter(letters(here)), symbol(symbols(here)), blank(blanks(here)) {
     const BlockClasses& before = i == 0 ? kBeforeWindow : window.classes[i - 1];
     after_letter = shift(letter, letters(before));
     after_lower = shift(here.lower, before.lower);
@@ -103,9 +100,9 @@ void mend_wide_spaces(const Window& window, std::uint64_t* words) {
 void find_gpt2_starts(const Window& window, std::uint64_t* words) {
   for (std::size_t i = 0; i < window.block_count(); ++i) {
     const Block block(window, i);
-    const std::uint64_t goes_on =
-        (block.letter & block.after_letter) | (block.here.number & block.after_number) |
-        (block.symbol & block.after_symbol) | block.after_plain_space;
+    const std::uint64_t goes_on = (block.letter & block.after_letter) |
+                                  (block.here.number & block.after_number) |
+                                  (block.symbol & block.after_symbol) | block.after_plain_space;
     words[i] = (~block.here.space & ~goes_on) |
                (block.here.space & (~block.after_space | block.last_space));
   }
@@ -229,7 +226,8 @@ bool find_word_starts(const Window& window, std::uint64_t* words) {
     const Block block(window, i);
     const std::uint64_t absorbed = absorbed_newlines(block, absorbed_before);
     const std::uint64_t after_absorbed = shift(absorbed, absorbed_before);
-    const std::uint64_t symbol_start = block.symbol & ~block.after_symbol & ~block.after_plain_space;
+    const std::uint64_t symbol_start =
+        block.symbol & ~block.after_symbol & ~block.after_plain_space;
     const std::uint64_t space = block.here.space & ~absorbed;
     const std::uint64_t after_own_space = block.after_space & ~after_absorbed;
     std::uint64_t letter_start = block.letter & ~block.after_letter & ~block.after_blank &
@@ -240,7 +238,8 @@ bool find_word_starts(const Window& window, std::uint64_t* words) {
                    [&](std::size_t at) { has_slash |= window.text[at] == '/'; });
     }
     words[i] = letter_start | (block.here.number & ~block.after_number) | symbol_start |
-               (space & ~after_own_space) | (block.blank & (block.after_newline | block.last_space));
+               (space & ~after_own_space) |
+               (block.blank & (block.after_newline | block.last_space));
     // A run of blanks that the last block ended with has its start there.
     blank_lines.join(block, i);
     absorbed_before = absorbed;

@@ -8,9 +8,7 @@ namespace {
 
 constexpr std::uint32_t kReplacement = 0xFFFD;
 
-inline bool is_surrogate(std::uint32_t code_point) {
-  return (code_point & 0xFFFFF800) == 0xD800;
-}
+inline bool is_surrogate(std::uint32_t code_point) { return (code_point & 0xFFFFF800) == 0xD800; }
 
 // Loops over so many code units at a time have no early end, so compilers turn them into vector
 // instructions.

@@ -200,7 +200,8 @@ void Splitter::reserve_ends(std::size_t blocks) {
   ends_ = small_ends_;
   if (blocks <= kWindowBlocks) return;
   std::size_t count = 0;
-  for (std::size_t i = 0; i < blocks; ++i) count += static_cast<std::size_t>(count_bits(starts_[i]));
+  for (std::size_t i = 0; i < blocks; ++i)
+    count += static_cast<std::size_t>(count_bits(starts_[i]));
   if (large_ends_.size() < count + kSpareEnds) large_ends_.resize(count + kSpareEnds);
   ends_ = large_ends_.data();
 }

@@ -27,9 +27,9 @@ enum ClassBit : std::uint8_t {
 
 using Table16 = std::array<std::uint8_t, 16>;
 
-constexpr Table16 kOfHighHalf = {kControl, 0,        kBlank | kApostrophe, kDigit, kAToO, kPToZ,
-                                 kLowAToO, kLowPToZ, 0,                    0,      0,     0,
-                                 0,        0,        0,                    0};
+constexpr Table16 kOfHighHalf = {
+    kControl, 0, kBlank | kApostrophe, kDigit, kAToO, kPToZ, kLowAToO, kLowPToZ, 0, 0, 0, 0, 0, 0,
+    0,        0};
 
 constexpr Table16 make_of_low_half() {
   Table16 table{};
@@ -74,7 +74,9 @@ void classify_portable(const char* text, std::size_t blocks, BlockClasses* class
         bits |= std::uint64_t{kOfByte[at[i]]} << (8 * i);
         bytes |= std::uint64_t{at[i]} << (8 * i);
       }
-      const auto put = [shift](std::uint64_t& field, std::uint64_t byte) { field |= byte << shift; };
+      const auto put = [shift](std::uint64_t& field, std::uint64_t byte) {
+        field |= byte << shift;
+      };
       const std::uint64_t blank = gather_bit(bits, 6);
       put(out.upper, gather_bit(bits | bits >> 1, 0));
       put(out.lower, gather_bit(bits | bits >> 1, 2));
