@@ -41,7 +41,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/pytest bench/bench_*.py
 
 # Each pattern has a program of its own.
-FUZZERS := word bpe split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace
+FUZZERS := word bpe train split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace
 FUZZ_FLAGS := -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
 	-DTINYLM_FUZZING -Icsrc -Icsrc/fuzz -Ibuild/generated
 

@@ -11,7 +11,7 @@ import pytest
 import tiktoken
 import tokenizers
 from bpe_texts import FRAGMENTS, PUBLISHED, awkward, prose
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
@@ -97,6 +97,7 @@ def test_rank_files_of_ranks_are_written_as_they_were_read(pair, tmp_path):
 @given(text=awkward)
 @settings(max_examples=150)
 def test_ranks_saved_as_merges_give_the_same_ids(pair, text):
+    assume(EOS not in text)  # As a whole piece, tokenizers would look it up among all tokens.
     ours, _, path = pair
     if not path.exists():
         ours.save(path)

@@ -46,7 +46,7 @@ class BPECounter:
         self.pattern = pattern
         module = compiled()
         counter = bpe_reference.BPECounter if module is None else module.BPECounter
-        self._counter: PieceCounter = counter(pattern)
+        self._counter: PieceCounter = counter(pattern, 1 << 30, "/tmp")
 
     def add(
         self, texts: Sequence[str], threads: int | None = None, errors: Errors = "strict"
