@@ -37,7 +37,19 @@ VALUES = [
     *("BPE", "WordLevel", "ByteLevel", "Sequence", "Split", "<|endoftext|>", [], {}, [[]]),
     *(["a", "b"], [1, 2], {"type": "ByteLevel"}, {"type": []}, {"Regex": "("}, "x" * 5000),
 ]
-TOKENS = [b"", b"AA==", b"YQ==", b"YWI=", b"!", b"0", b"-1", b"1_0", b"99999999999", b"a b c", b"\xff"]
+TOKENS = [
+    b"",
+    b"AA==",
+    b"YQ==",
+    b"YWI=",
+    b"!",
+    b"0",
+    b"-1",
+    b"1_0",
+    b"99999999999",
+    b"a b c",
+    b"\xff",
+]
 
 
 class Failure(Exception):
@@ -68,7 +80,10 @@ def mutate_json(rng: random.Random, content: bytes) -> bytes:
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         node, parent, key = root, root, 0
         while isinstance(node, (dict, list)) and node and (node is root or rng.random() < 0.9):
-            parent, key = node, rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+            parent, key = (
+                node,
+                rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node)),
+            )
             node = parent[key]
         value = copy.deepcopy(rng.choice([*VALUES, node, [node], [node] * 3]))
         action = rng.randrange(4)
@@ -119,7 +134,9 @@ def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
         elif action == 1:
             data[i:i] = data[i:j]
         elif action == 2:
-            data[i:j] = bytes(rng.choice(b'\x00\xff\xed\xa0"\\{}[],:0-9 \n\r\tu') for _ in data[i:j])
+            data[i:j] = bytes(
+                rng.choice(b'\x00\xff\xed\xa0"\\{}[],:0-9 \n\r\tu') for _ in data[i:j]
+            )
         elif i < len(data):
             data[i] ^= 1 << rng.randrange(8)
     return bytes(data)
@@ -223,7 +240,9 @@ def main(seconds: float = 60, seed: int = 0) -> None:
     with limits():
         counts = fuzz(random.Random(seed), go_on, Path("build/fuzz"))
     signal.alarm(0)
-    print(f"{counts.total():,} files: " + ", ".join(f"{n:,} {k}" for k, n in sorted(counts.items())))
+    print(
+        f"{counts.total():,} files: " + ", ".join(f"{n:,} {k}" for k, n in sorted(counts.items()))
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <cerrno>
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -33,19 +32,13 @@ namespace {
 // So many Python objects are made between two looks at Python's signals.
 constexpr std::size_t kSignalCheckObjects = std::size_t{1} << 16;
 
-// Called with how far a call has come and with what all of it would be.
+// Called with how much of a call is done, and of how much, whenever Python's signals are looked at.
 using Progress = std::optional<py::function>;
 
-// What Watch calls to show progress: done() says how far the call has come.
 template <class Done>
 std::function<void()> make_tick(const Progress& progress, std::size_t total, Done done) {
   if (!progress) return {};
-  auto last = std::chrono::steady_clock::now();
-  return [&progress, total, done, last]() mutable {
-    constexpr std::chrono::milliseconds kInterval{100};
-    const auto now = std::chrono::steady_clock::now();
-    if (now - last < kInterval) return;
-    last = now;
+  return [&progress, total, done] {
     const py::gil_scoped_acquire acquire;
     (*progress)(done(), total);
   };
