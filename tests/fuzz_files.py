@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bpe_texts import FRAGMENTS, prose
 
@@ -56,14 +57,22 @@ class Failure(Exception):
     """A tokenizer that loaded does not give its text back."""
 
 
-def seeds(folder: Path) -> list[tuple[str, ...]]:
+def seeds(folder: Path) -> list[tuple[Any, ...]]:
     """Kinds of readers with the contents of their files."""
     texts = [prose(0, 300)]
     path, second = folder / "seed", folder / "seed2"
     found = []
     for pattern in PATTERNS:
-        BPETokenizer.train(texts, 290, pattern=pattern).save(path)
+        names = ["<|endoftext|>", "<|pad|>", "Ġthe cat", "é"][: 1 + len(found) % 4]
+        BPETokenizer.train(texts, 290, pattern=pattern, special_tokens=names).save(path)
+        content = json.loads(path.read_bytes())
         found.append(("json", path.read_bytes()))
+        # The other form of merges.
+        content["model"]["merges"] = [merge.split(" ") for merge in content["model"]["merges"]]
+        content["model"]["ignore_merges"] = pattern == "o200k"
+        for name in names[1:]:  # Nor need added tokens be in the model.
+            del content["model"]["vocab"][name]
+        found.append(("json", json.dumps(content).encode()))
     WordTokenizer.train(texts, 60).save(path)
     found.append(("json", path.read_bytes()))
     tokenizer = BPETokenizer.train(texts, 300)

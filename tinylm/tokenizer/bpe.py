@@ -1,7 +1,6 @@
 """Byte-level BPE tokenizer: any text to ids and exactly back."""
 
-import os
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, Literal
 
 import numpy as np
@@ -22,20 +21,14 @@ from tinylm.tokenizer.batches import (
     to_texts,
 )
 from tinylm.tokenizer.bpe_counter import DEFAULT_MEMORY, BPECounter, Progress
-from tinylm.tokenizer.bpe_files import (
-    read_gpt2,
-    read_tiktoken,
-    with_merges,
-    write_gpt2,
-    write_tiktoken,
-)
-from tinylm.tokenizer.bpe_json import EOS, BPEVocabulary, read_vocabulary, write_vocabulary
+from tinylm.tokenizer.bpe_formats import BPEFiles
+from tinylm.tokenizer.bpe_json import EOS, BPEVocabulary
 from tinylm.tokenizer.bpe_spans import StreamDecoder, check_id, in_characters
 from tinylm.tokenizer.bpe_train import check_training, learn_vocabulary
 from tinylm.tokenizer.special_tokens import Choice, Segment, SpecialTokens, is_empty
 
 
-class BPETokenizer:
+class BPETokenizer(BPEFiles):
     """Maps pieces of words to ids; every text has ids, and they decode to exactly that text.
 
     Text is split by a pattern (letters, numbers and white space as in Unicode 16.0, whatever
@@ -58,7 +51,7 @@ class BPETokenizer:
 
     def __init__(self, vocabulary: BPEVocabulary) -> None:
         """Mostly called by `train`, `from_counter` and `load`, which check the vocabulary."""
-        self._vocabulary = vocabulary
+        super().__init__(vocabulary)
         self._tokens = vocabulary.tokens()
         self.eos_id = vocabulary.eos_id
         module = compiled()
@@ -162,87 +155,6 @@ class BPETokenizer:
                 counter, vocab_size, min_frequency, special_tokens, eos_token, progress
             )
         )
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], eos_token: str = EOS) -> "BPETokenizer":
-        """Reads a byte-level BPE ``tokenizer.json``, whoever wrote it.
-
-        Raises:
-            InputError: the file is missing or broken, lacks the special token ``eos_token``, or
-                asks for something this class does not do (a normalizer, another pre-tokenizer).
-        """
-        return cls(read_vocabulary(path, eos_token))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a ``tokenizer.json`` that Hugging Face ``tokenizers`` reads too. Atomic.
-
-        Raises:
-            InputError: the tokenizer comes from a rank file so odd that no list of merges gives
-                its ids.
-        """
-        write_vocabulary(with_merges(self._vocabulary), path)
-
-    @classmethod
-    def load_tiktoken(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        pattern: str,
-        special_tokens: Mapping[str, int],
-        eos_token: str = EOS,
-    ) -> "BPETokenizer":
-        """Reads a rank file of tiktoken, such as ``cl100k_base.tiktoken``.
-
-        The file holds tokens and their ids only, so ``pattern`` and the ids of the special tokens
-        must be given: for that file ``"cl100k_tiktoken"`` and ``{"<|endoftext|>": 100257, ...}``.
-        Ids are those of ``tiktoken.Encoding`` with the same arguments. Ids that no token has
-        count in `vocab_size`, but cannot be decoded.
-
-        Raises:
-            InputError: the file is missing or broken (the line is named), or an argument does not
-                fit it.
-        """
-        return cls(read_tiktoken(path, pattern, special_tokens, eos_token))
-
-    def save_tiktoken(self, path: str | os.PathLike[str]) -> None:
-        """Writes a rank file for tiktoken; special tokens and the pattern are not in it. Atomic.
-
-        Raises:
-            InputError: tiktoken would give other ids than this tokenizer.
-        """
-        write_tiktoken(self._vocabulary, path)
-
-    @classmethod
-    def load_gpt2(
-        cls,
-        vocab_path: str | os.PathLike[str],
-        merges_path: str | os.PathLike[str],
-        *,
-        pattern: str = "gpt2",
-        special_tokens: Sequence[str] = (EOS,),
-        eos_token: str = EOS,
-    ) -> "BPETokenizer":
-        """Reads ``vocab.json`` and ``merges.txt``, the files that GPT-2 was published with.
-
-        They do not say which tokens are special, so ``special_tokens`` does.
-
-        Raises:
-            InputError: a file is missing or broken (of ``merges.txt`` the line is named), or
-                lacks a special token.
-        """
-        vocabulary = read_gpt2(vocab_path, merges_path, pattern, special_tokens, eos_token)
-        return cls(vocabulary)
-
-    def save_gpt2(
-        self, vocab_path: str | os.PathLike[str], merges_path: str | os.PathLike[str]
-    ) -> None:
-        """Writes ``vocab.json`` and ``merges.txt``, each atomically; the pattern is in neither.
-
-        Raises:
-            InputError: these files cannot say what this tokenizer does: some token is reached by
-                no merges, or a space is put before texts.
-        """
-        write_gpt2(self._vocabulary, vocab_path, merges_path)
 
     @property
     def vocab_size(self) -> int:

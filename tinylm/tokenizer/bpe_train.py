@@ -6,7 +6,7 @@ import numpy as np
 
 from tinylm.errors import InputError
 from tinylm.tokenizer.bpe_counter import BPECounter, Progress
-from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, CHAR_TO_BYTE, BPEVocabulary
+from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, CHAR_TO_BYTE, BPEVocabulary, has_surrogate
 
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32
 
@@ -67,7 +67,7 @@ def _check_special_tokens(names: Sequence[str], eos_token: str) -> None:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise InputError(f"special_tokens is {names!r}; it must be a list of names")
     for i, name in enumerate(names):
-        if not name or name in BYTE_TO_CHAR or any("\ud800" <= c <= "\udfff" for c in name):
+        if not name or name in BYTE_TO_CHAR or has_surrogate(name):
             raise InputError(
                 f"the special token {name!r} cannot be told from others: it is empty, the name of "
                 "a byte, or has a lone surrogate"
