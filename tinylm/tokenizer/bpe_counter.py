@@ -82,13 +82,15 @@ class BPECounter:
         """``pattern`` says how texts are split into pieces: see `BPETokenizer`.
 
         Raises:
-            InputError: ``pattern`` is unknown or ``memory`` is below 1.
+            InputError: ``pattern`` is unknown, ``memory`` is below 1, or there is no such folder.
         """
         check_pattern(pattern)
         if memory < 1:
             raise InputError(f"memory is {memory}; it must be at least 1, in bytes")
         self.pattern = pattern
         self._folder = os.fspath(temporary_folder or tempfile.gettempdir())
+        if not os.path.isdir(self._folder):
+            raise InputError(f"no such folder: {self._folder}; it is for temporary files")
         module = compiled()
         counter = bpe_reference.BPECounter if module is None else module.BPECounter
         self._counter: PieceCounter = counter(pattern, memory, self._folder)
