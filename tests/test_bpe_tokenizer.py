@@ -8,6 +8,7 @@ import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
+from mmap import ACCESS_READ, mmap
 
 import numpy as np
 import pytest
@@ -379,6 +380,62 @@ def test_a_missing_file_and_a_missing_special_token(file, tmp_path):
         BPETokenizer.load(tmp_path / "none.json")
     with pytest.raises(InputError, match=r"no special token </s> \(it has: <\|endoftext\|>\)"):
         BPETokenizer.load(file, eos_token="</s>")
+
+
+# Text as bytes
+
+
+@given(text=awkward)
+@settings(max_examples=50)
+def test_utf8_in_any_buffer_is_its_text(tokenizer, text):
+    data, expected = text.encode(), tokenizer.encode(text)
+    for buffer in (data, bytearray(data), memoryview(data), memoryview((data + b" ") * 2)[::2]):
+        if len(buffer) == len(data):
+            assert tokenizer.encode(buffer) == expected
+    assert tokenizer.encode_with_offsets(data)[0] == expected
+    ids, _ = tokenizer.encode_batch([text, data, np.frombuffer(data, np.uint8)])
+    assert ids.tolist() == expected * 3
+    assert tokenizer.encode_batch(iter([data]))[0].tolist() == expected
+
+
+def test_mapped_files_are_text(tokenizer, tmp_path):
+    path = tmp_path / "text"
+    path.write_text(prose(5), encoding="utf-8")
+    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+        assert tokenizer.encode(mapped) == tokenizer.encode(prose(5))
+        assert merges_of(BPETokenizer.train([mapped], 300)) == merges_of(
+            BPETokenizer.train([prose(5)], 300)
+        )
+        with pytest.raises(InputError, match="texts is one mmap"):
+            tokenizer.encode_batch(mapped)
+
+
+@pytest.mark.parametrize("bad", [b"ok \xff", b"ok \xed\xa0\x80", b"ok \xe6\xbc"])
+def test_bytes_that_are_no_utf8_are_refused_or_replaced(tokenizer, bad):
+    with pytest.raises(InputError, match=r"the text is not valid UTF-8 at byte 3 \("):
+        tokenizer.encode(bad)
+    with pytest.raises(InputError, match=r"text 1 is not valid UTF-8 at byte 3 \("):
+        tokenizer.encode_batch(["fine", bad])
+    with pytest.raises(InputError, match=r"text 0 is not valid UTF-8 at byte 3 \("):
+        BPETokenizer.train([bad])
+    replaced = tokenizer.encode(bad.decode("utf-8", "replace"))
+    assert tokenizer.encode(bad, errors="replace") == replaced
+    assert tokenizer.encode_batch([bad], errors="replace")[0].tolist() == replaced
+
+
+@pytest.mark.parametrize("bad", [None, 5, ["a"]])
+def test_what_is_no_text_is_refused(tokenizer, bad):
+    for function in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(
+            InputError, match="the text is of type .* must be str, or bytes of UTF-8"
+        ):
+            function(bad)
+    for function in (tokenizer.encode_batch, BPETokenizer.train, BPETokenizer.counter().add):
+        with pytest.raises(InputError, match="text 1 is of type"):
+            function(["a", bad])
+    for function in (tokenizer.encode_batch, BPETokenizer.train, BPETokenizer.counter().add):
+        with pytest.raises(InputError, match="texts is of type NoneType"):
+            function(None)
 
 
 # Errors

@@ -20,11 +20,12 @@ from tinylm.tokenizer.batches import (
     to_text,
     to_texts,
 )
-from tinylm.tokenizer.bpe_counter import DEFAULT_MEMORY, BPECounter, Progress
+from tinylm.tokenizer.bpe_counter import DEFAULT_MEMORY, BPECounter
 from tinylm.tokenizer.bpe_formats import BPEFiles
 from tinylm.tokenizer.bpe_json import EOS, BPEVocabulary
 from tinylm.tokenizer.bpe_spans import StreamDecoder, check_id, in_characters
 from tinylm.tokenizer.bpe_train import check_training, learn_vocabulary
+from tinylm.tokenizer.progress import Progress
 from tinylm.tokenizer.special_tokens import Choice, Segment, SpecialTokens, is_empty
 
 
@@ -160,6 +161,11 @@ class BPETokenizer(BPEFiles):
     def vocab_size(self) -> int:
         """How many ids there are: they are 0 to ``vocab_size - 1``."""
         return len(self._tokens)
+
+    @property
+    def add_prefix_space(self) -> bool:
+        """Whether a space is put before texts that begin without one."""
+        return self._vocabulary.add_prefix_space
 
     @property
     def vocab(self) -> dict[str, int]:
@@ -318,7 +324,7 @@ class BPETokenizer(BPEFiles):
     def _has_prefix(self, segment: Segment) -> bool:
         text, special_id = segment
         is_text = special_id is None and not text.startswith(" ")
-        return self._vocabulary.add_prefix_space and is_text
+        return self.add_prefix_space and is_text
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, with U+FFFD where their bytes are not UTF-8.

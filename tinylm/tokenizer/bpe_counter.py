@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -22,14 +21,10 @@ from tinylm.tokenizer.batches import (
     to_texts,
 )
 from tinylm.tokenizer.bpe_json import last_of_each_pair
+from tinylm.tokenizer.progress import Progress, Teller
 from tinylm.tokenizer.split_patterns import check_pattern
 
 DEFAULT_MEMORY = 1 << 30
-
-Progress = Callable[[str, int, int | None], object]
-"""Called with the stage, how much of it is done, and how much there is (None: not known)."""
-
-_SECONDS_BETWEEN_CALLS = 0.1
 
 
 class PieceCounter(Protocol):
@@ -115,14 +110,13 @@ class BPECounter:
         replace = is_replace(errors)
         texts = to_texts(texts, errors)
         check_threads(threads)
-        tell = None if progress is None else _Teller(progress, "count")
+        tell = Teller(progress, "count")
         try:
             with disk_errors(self._folder):
-                self._counter.add(texts, replace, threads or 0, tell)
+                self._counter.add(texts, replace, threads or 0, tell if progress else None)
         except UnicodeEncodeError as error:
             raise surrogate_error(error, texts) from None
-        if tell is not None:
-            tell.last(total := sum(map(len, texts)), total)
+        tell.last(total := sum(map(len, texts)), total)
 
     def __len__(self) -> int:
         """How many distinct pieces there are."""
@@ -148,27 +142,15 @@ class BPECounter:
         No merge results in one of ``reserved``. ``progress`` is told of the stage ``"merge"``, in
         tokens of the vocabulary.
         """
-        tell = None if progress is None else _Teller(progress, "merge")
+        tell = Teller(progress, "merge")
         with disk_errors(self._folder):
             merges = self._counter.train(
-                byte_ids, first_free_id, vocab_size, min_frequency, set(reserved), tell
+                byte_ids,
+                first_free_id,
+                vocab_size,
+                min_frequency,
+                set(reserved),
+                tell if progress else None,
             )
-        if tell is not None:
-            tell.last(first_free_id + len(np.unique(merges[:, 2])), vocab_size)
+        tell.last(first_free_id + len(np.unique(merges[:, 2])), vocab_size)
         return last_of_each_pair(merges.tolist())
-
-
-class _Teller:
-    """Passes on what a counter says of one stage, not too often but in any case the last of it."""
-
-    def __init__(self, progress: Progress, stage: str) -> None:
-        self._progress, self._stage = progress, stage
-        self._told = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._told >= _SECONDS_BETWEEN_CALLS:
-            self.last(done, total)
-
-    def last(self, done: int, total: int) -> None:
-        self._progress(self._stage, done, total)
-        self._told = time.monotonic()

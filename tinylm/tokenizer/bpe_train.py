@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinylm.errors import InputError
-from tinylm.tokenizer.bpe_counter import BPECounter, Progress
+from tinylm.tokenizer.bpe_counter import BPECounter
 from tinylm.tokenizer.bpe_json import BYTE_TO_CHAR, CHAR_TO_BYTE, BPEVocabulary, has_surrogate
+from tinylm.tokenizer.progress import Progress
 
 MAX_VOCAB_SIZE = 1 << 31  # ids are int32
 
