@@ -83,32 +83,30 @@ std::int64_t BpeTrainer::count_of(Word word) const {
   return count;
 }
 
-// There are few pairs of bytes, so tables do: first of their counts, then of their words.
+// There are few pairs of bytes, so a table tells where in the queue they are.
 void BpeTrainer::queue_byte_pairs(Watch& watch) {
   std::vector<std::size_t> byte_of(next_id_);
   for (std::size_t byte = 0; byte < byte_ids_.size(); ++byte) byte_of[byte_ids_[byte]] = byte;
-  std::vector<std::int64_t> counts(1 << 16);
-  std::vector<std::vector<Word>> words(counts.size());
-  std::vector<std::size_t> seen;
+  std::vector<std::uint32_t> candidates(1 << 16, kNoCandidate);
   std::size_t polled = 0;
   for (std::size_t word = 0; word < words_.size(); word += kHeader + words_[word + 2]) {
     if (polled++ % kPollWords == 0) watch.poll();
     const std::uint32_t* const symbols = &words_[word + kHeader];
     const std::int64_t count = count_of(static_cast<Word>(word));
     for (std::uint32_t i = 0; i + 1 < words_[word + 2]; ++i) {
-      const std::size_t pair = byte_of[symbols[i]] << 8 | byte_of[symbols[i + 1]];
-      counts[pair] += count;
-      if (words[pair].empty()) seen.push_back(pair);
-      if (words[pair].empty() || words[pair].back() != word) {
-        words[pair].push_back(static_cast<Word>(word));
+      std::uint32_t& number = candidates[byte_of[symbols[i]] << 8 | byte_of[symbols[i + 1]]];
+      if (number == kNoCandidate) {
+        number = static_cast<std::uint32_t>(queue_.size());
+        queue_.push_back({0, pair_key(symbols[i], symbols[i + 1]), {}});
+      }
+      Candidate& candidate = queue_[number];
+      candidate.count += count;
+      if (candidate.words.empty() || candidate.words.back() != word) {
+        candidate.words.push_back(static_cast<Word>(word));
       }
     }
   }
-  for (const std::size_t pair : seen) {
-    const std::uint64_t key = pair_key(byte_ids_[pair >> 8], byte_ids_[pair & 0xFF]);
-    pairs_[key] = counts[pair];
-    queue_.push_back({counts[pair], key, std::move(words[pair])});
-  }
+  for (const Candidate& candidate : queue_) pairs_[candidate.pair] = candidate.count;
   std::make_heap(queue_.begin(), queue_.end());
 }
 

@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 import tokenizers
 from bpe_texts import FRAGMENTS, PUBLISHED, awkward, prose
+from fuzz_files import fuzz
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
@@ -350,3 +351,19 @@ def test_vocab_json_is_plain_json(tmp_path):
     tokenizer_of([("a", "b")]).save_gpt2(*files)
     assert json.loads(files[0].read_text(encoding="utf-8"))["ab"] == 256
     assert files[1].read_text(encoding="utf-8") == "#version: 0.2\na b\n"
+
+
+def test_broken_files_load_or_are_refused(tmp_path):
+    """Some of what tests/fuzz_files.py does for as long as it is told."""
+    counts = fuzz(random.Random(0), lambda count: count < 150, tmp_path)
+    assert {kind for kind, count in counts.items() if count} >= {"json loaded", "json refused"}
+
+
+def test_special_tokens_that_cannot_be_encoded_are_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    BPETokenizer.train(["a"], 258, special_tokens=[EOS, "<pad>"]).save(path)
+    path.write_text(path.read_text("utf-8").replace("<pad>", "\\ud800"), "utf-8")
+    with pytest.raises(InputError, match=r"special token '\\ud800', which no text could have"):
+        BPETokenizer.load(path)
+    with pytest.raises(InputError, match=r"special token '\\ud800' has a lone surrogate"):
+        both(tmp_path / "ranks", {bytes([i]): i for i in range(256)}, "gpt2", {"\ud800": 256})

@@ -427,7 +427,7 @@ def test_bytes_that_are_no_utf8_are_refused_or_replaced(tokenizer, bad):
 def test_what_is_no_text_is_refused(tokenizer, bad):
     for function in (tokenizer.encode, tokenizer.encode_with_offsets):
         with pytest.raises(
-            InputError, match="the text is of type .* must be str, or bytes of UTF-8"
+            InputError, match=r"the text is of type .* must be str, or bytes of UTF-8"
         ):
             function(bad)
     for function in (tokenizer.encode_batch, BPETokenizer.train, BPETokenizer.counter().add):

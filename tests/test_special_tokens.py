@@ -73,7 +73,7 @@ def test_batches_decide_as_single_texts(pair, texts, allowed, disallowed, add_eo
     plain, plain_offsets = ours.encode_batch(texts, add_eos)
     assert (ids.dtype, offsets.dtype) == (plain.dtype, plain_offsets.dtype)
     expected = [ours.encode(text, add_eos, **options) for text in texts]
-    assert ids.tolist() == sum(expected, [])
+    assert ids.tolist() == [i for row in expected for i in row]
     assert np.diff(offsets).tolist() == list(map(len, expected))
 
 
