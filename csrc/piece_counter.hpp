@@ -1,12 +1,16 @@
 // Counting the pieces of texts, which is all that BPE learns from.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <string_view>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "piece_runs.hpp"
@@ -18,16 +22,36 @@ namespace tinylm {
 
 // Takes texts in batches; each worker counts in a table of its own. A table that would outgrow its
 // share of the memory is written to disk as a sorted run, so that memory is bounded whatever the
-// texts are, and no count is ever lost. Callers that may run at once hold `lock` around what they
+// texts are, and no count is ever lost. Callers that may run at once hold a `Lock` around what they
 // do.
 class PieceCounter {
  public:
+  // Throws std::logic_error in a thread that holds one already: what it calls meanwhile to show
+  // progress may come back here.
+  class Lock {
+   public:
+    explicit Lock(PieceCounter& counter) : counter_(counter) {
+      if (counter.holder_ == std::this_thread::get_id()) {
+        throw std::logic_error("this counter is in the middle of another call");
+      }
+      counter.mutex_.lock();
+      counter.holder_ = std::this_thread::get_id();
+    }
+    ~Lock() {
+      counter_.holder_ = std::thread::id();
+      counter_.mutex_.unlock();
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+
+   private:
+    PieceCounter& counter_;
+  };
+
   // The tables take `memory` bytes at most (some kilobytes at least, and whatever it takes to hold
   // a single piece); runs are written to `folder`.
   PieceCounter(SplitPattern pattern, std::size_t memory, std::string folder)
       : pattern_(pattern), memory_(memory), runs_(std::move(folder)) {}
-
-  [[nodiscard]] std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
 
   // Makes room for workers 0 .. threads - 1; call it before they start.
   void reserve_workers(int threads);
@@ -54,6 +78,7 @@ class PieceCounter {
   void join(Watch& watch);
 
   std::mutex mutex_;
+  std::atomic<std::thread::id> holder_{};
   SplitPattern pattern_;
   std::size_t memory_;
   std::vector<PieceTable> workers_ = std::vector<PieceTable>(1);

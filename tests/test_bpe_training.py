@@ -273,3 +273,14 @@ def test_a_vocabulary_that_stays_small_is_reported_as_it_is():
     seen = Recorder()
     BPETokenizer.train(["ab ab"], 1000, progress=seen)
     assert seen.of("merge")[-1] == (258, 1000)
+
+
+@needs_extension
+def test_a_callback_cannot_come_back_to_its_counter():
+    counter = BPETokenizer.counter()
+    counter.add([random_words(seed, 2000) for seed in range(5)])
+    with pytest.raises(RuntimeError, match="in the middle of another call"):
+        counter.learn_merges(
+            range(1, 257), 257, 200_000, 1, progress=lambda *_: len(counter) and None
+        )
+    assert len(counter) > 0

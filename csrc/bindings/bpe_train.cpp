@@ -52,7 +52,7 @@ void count(PieceCounter& counter, const py::sequence& texts, bool replace, int t
   for (std::size_t i = 0; i < batch.size(); ++i) total += batch[i].length;
   std::atomic<std::size_t> done{0};
   const py::gil_scoped_release release;
-  const auto lock = counter.lock();
+  const PieceCounter::Lock lock(counter);
   const std::vector<std::size_t> starts = batch.chunk_starts();
   threads = resolve_threads(threads, starts.size() - 1);
   counter.reserve_workers(threads);
@@ -69,7 +69,7 @@ void count(PieceCounter& counter, const py::sequence& texts, bool replace, int t
 
 std::size_t size(PieceCounter& counter) {
   const py::gil_scoped_release release;
-  const auto lock = counter.lock();
+  const PieceCounter::Lock lock(counter);
   Watch watch;
   return counter.size(watch);
 }
@@ -80,7 +80,7 @@ std::pair<py::list, py::array> items(PieceCounter& counter) {
   std::vector<std::int64_t> counts;
   {
     const py::gil_scoped_release release;
-    const auto lock = counter.lock();
+    const PieceCounter::Lock lock(counter);
     Watch watch;
     counter.for_each_sorted(
         [&](const PieceCount& entry) {
@@ -121,7 +121,7 @@ MergeArray train(PieceCounter& counter, const std::vector<TokenId>& byte_ids, To
   {
     const py::gil_scoped_release release;
     Watch watch(make_tick(progress, vocab_size, [&] { return trainer.vocab_size(); }));
-    const auto lock = counter.lock();
+    const PieceCounter::Lock lock(counter);
     counter.for_each([&](const PieceCount& entry) { trainer.add(entry); }, watch);
     merges = trainer.train(vocab_size, min_frequency, watch);
   }
