@@ -366,4 +366,9 @@ def test_special_tokens_that_cannot_be_encoded_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"special token '\\ud800', which no text could have"):
         BPETokenizer.load(path)
     with pytest.raises(InputError, match=r"special token '\\ud800' has a lone surrogate"):
-        both(tmp_path / "ranks", {bytes([i]): i for i in range(256)}, "gpt2", {EOS: 256, "\ud800": 257})
+        both(
+            tmp_path / "ranks",
+            {bytes([i]): i for i in range(256)},
+            "gpt2",
+            {EOS: 256, "\ud800": 257},
+        )

@@ -96,7 +96,7 @@ class BPETokenizer(BPEFiles):
         the machine has). Too few texts give a smaller vocabulary.
 
         The texts are read once and not kept. Their distinct pieces are counted in ``memory``
-        bytes and, beyond that, on disk; learning from them then takes about 100 bytes of memory
+        bytes and, beyond that, on disk; learning from them then takes about 110 bytes of memory
         for each distinct piece.
 
         Every tenth of a second or so, and at the end of each stage, ``progress`` is called with
