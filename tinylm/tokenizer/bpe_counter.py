@@ -88,7 +88,7 @@ class BPECounter:
             raise InputError(f"no such folder: {self._folder}; it is for temporary files")
         module = compiled()
         counter = bpe_reference.BPECounter if module is None else module.BPECounter
-        self._counter: PieceCounter = counter(pattern, memory, self._folder)
+        self._counter: PieceCounter = counter(pattern, min(memory, 1 << 62), self._folder)
 
     def add(
         self,
