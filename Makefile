@@ -1,6 +1,7 @@
 # make demo: install, train a small model on text that comes with Python, try it
 # make test: install with all that the tests need, run them
-# make fuzz: feed the tokenizers with made-up input for FUZZ_SECONDS each; needs clang
+# make fuzz: feed the tokenizers and the readers of their files with made-up input for FUZZ_SECONDS
+#            each; needs clang
 PYTHON ?= python3
 MINUTES ?= 3
 FUZZ_SECONDS ?= 60
@@ -41,16 +42,17 @@ bench: $(VENV)/installed-test
 	$(BIN)/pytest bench/bench_*.py
 
 # Each pattern has a program of its own.
-FUZZERS := word bpe split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace
+FUZZERS := word bpe train split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace
 FUZZ_FLAGS := -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
 	-DTINYLM_FUZZING -Icsrc -Icsrc/fuzz -Ibuild/generated
 
-fuzz: $(FUZZERS:%=build/fuzz/%)
+fuzz: $(FUZZERS:%=build/fuzz/%) $(VENV)/installed-test
 	for name in $(FUZZERS); do \
 	  mkdir -p build/fuzz/corpus/$$name; \
 	  build/fuzz/$$name -max_total_time=$(FUZZ_SECONDS) -max_len=256 -len_control=0 -print_final_stats=1 \
 	    -artifact_prefix=build/fuzz/$$name- build/fuzz/corpus/$$name || exit 1; \
 	done
+	$(BIN)/python tests/fuzz_files.py $(FUZZ_SECONDS)
 
 build/fuzz/%: $(wildcard csrc/*.* csrc/fuzz/* csrc/simd/*)
 	mkdir -p build/fuzz build/generated

@@ -3,7 +3,9 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <thread>
+#include <utility>
 
 namespace tinylm {
 
@@ -21,18 +23,21 @@ class Watch {
 
   static constexpr std::chrono::milliseconds kInterval{50};
 
-  Watch() = default;
+  // `tick` is called wherever the check of the process is, to show how far this call has come; it
+  // may throw to stop it.
+  explicit Watch(std::function<void()> tick = {}) : tick_(std::move(tick)) {}
   Watch(const Watch&) = delete;
   Watch& operator=(const Watch&) = delete;
 
   void poll() {
     if (stopped_.load(std::memory_order_relaxed)) throw Stopped{};
-    if (std::this_thread::get_id() != caller_ || check_of_process() == nullptr) return;
+    if (std::this_thread::get_id() != caller_) return;
     const auto now = std::chrono::steady_clock::now();
     if (now - last_check_ < kInterval) return;
     last_check_ = now;
     try {
-      check_of_process()();
+      if (check_of_process() != nullptr) check_of_process()();
+      if (tick_) tick_();
     } catch (...) {
       stopped_.store(true, std::memory_order_relaxed);
       throw;
@@ -48,6 +53,7 @@ class Watch {
   std::thread::id caller_ = std::this_thread::get_id();
   std::chrono::steady_clock::time_point last_check_ = std::chrono::steady_clock::now();
   std::atomic<bool> stopped_{false};
+  std::function<void()> tick_;
 };
 
 }  // namespace tinylm

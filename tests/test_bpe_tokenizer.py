@@ -8,14 +8,16 @@ import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
+from mmap import ACCESS_READ, mmap
 
 import numpy as np
 import pytest
 import tokenizers
+from bpe_peers import merges_of, train_in_hf
 from bpe_texts import FRAGMENTS, awkward, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 from tinylm.errors import InputError
 from tinylm.tokenizer import bpe_reference
@@ -26,8 +28,6 @@ from tinylm.tokenizer.split_patterns import PATTERNS, REGEX
 
 C = compiled()
 needs_extension = pytest.mark.skipif(C is None, reason="the compiled extension is not in use")
-
-BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
 def reference_of(tokenizer):
@@ -48,35 +48,6 @@ def load_in_hf(path):
     other = tokenizers.Tokenizer.from_file(str(path))
     other.encode_special_tokens = True  # a special token's name in a text is text
     return other
-
-
-def train_in_hf(texts, vocab_size, min_frequency=2, pattern="gpt2", **kwargs):
-    other = tokenizers.Tokenizer(models.BPE(**kwargs))
-    other.pre_tokenizer = BYTE_LEVEL
-    if pattern != "gpt2":
-        split = pre_tokenizers.Split(tokenizers.Regex(REGEX[pattern]), "isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        other.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    other.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    other.train_from_iterator(texts, trainer)
-    return other
-
-
-def merges_of_hf(other):
-    merges = json.loads(other.to_str())["model"]["merges"]
-    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-
-
-def merges_of(tokenizer):
-    names = tokenizer._vocabulary.names
-    return [(names[a], names[b]) for a, b, _ in tokenizer._vocabulary.merges.tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -223,67 +194,6 @@ def test_large_vocabularies_have_int32_ids():
     assert large.decode(ids) == "ÿÿab\x00"
 
 
-# Training
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("min_frequency", [1, 2, 5])
-def test_merges_are_those_of_tokenizers(seed, min_frequency):
-    texts = [prose(seed, size=600), prose(seed + 100, size=100)]
-    ours = BPETokenizer.train(texts, 900, min_frequency)
-    theirs = train_in_hf(texts, 900, min_frequency)
-    assert merges_of(ours) == merges_of_hf(theirs)
-    assert ours.vocab == theirs.get_vocab()
-
-
-@given(text=st.text(alphabet="ab ", max_size=60))
-@settings(max_examples=150, deadline=None)
-def test_ties_and_overlaps_are_merged_as_in_tokenizers(text):
-    ours = BPETokenizer.train([text + "x"], 290, 1)
-    assert merges_of(ours) == merges_of_hf(train_in_hf([text + "x"], 290, 1))
-
-
-@needs_extension
-@given(texts=st.lists(awkward, min_size=1, max_size=6))
-@settings(max_examples=60)
-def test_the_compiled_counter_is_the_specification(texts):
-    counters = C.BPECounter("gpt2"), bpe_reference.BPECounter("gpt2")
-    for counter in counters:
-        counter.add(texts, False, 2)
-    (pieces, counts), (expected_pieces, expected_counts) = (counter.items() for counter in counters)
-    assert pieces == expected_pieces
-    assert counts.tolist() == expected_counts.tolist()
-    byte_ids = list(range(1, 257))
-    ours, expected = (counter.train(byte_ids, 257, 330, 1).tolist() for counter in counters)
-    assert ours == expected
-
-
-def test_training_does_not_depend_on_threads_or_batches():
-    texts = [prose(seed, size=20_000) for seed in range(8)]
-    expected = merges_of(BPETokenizer.train(texts, 500, threads=1))
-    assert merges_of(BPETokenizer.train(iter(texts), 500, threads=2)) == expected
-    counter = BPETokenizer.counter()
-    for text in reversed(texts):
-        counter.add([text], threads=2)
-    assert merges_of(BPETokenizer.from_counter(counter, 500)) == expected
-
-
-def test_learning_again_from_one_counter_gives_the_same():
-    counter = BPETokenizer.counter()
-    counter.add([prose(1)])
-    first = merges_of(BPETokenizer.from_counter(counter, 400))
-    assert merges_of(BPETokenizer.from_counter(counter, 400)) == first
-    counter.add([prose(2)])
-    assert merges_of(BPETokenizer.from_counter(counter, 400)) != first
-
-
-def test_a_small_corpus_gives_a_small_vocabulary():
-    small = BPETokenizer.train(["ab ab"], vocab_size=1000)
-    assert merges_of(small) == [("a", "b")]
-    assert small.vocab_size == 258
-    assert small.id_to_token(257) == "ab"
-
-
 def test_ids_begin_with_the_special_token_and_the_bytes(tokenizer):
     assert tokenizer.id_to_token(0) == EOS
     assert [tokenizer.id_to_token(i) for i in range(1, 257)] == sorted(
@@ -292,14 +202,6 @@ def test_ids_begin_with_the_special_token_and_the_bytes(tokenizer):
     assert tokenizer.kind == "bpe"
     assert tokenizer.unk_id is None
     assert tokenizer.vocab_size == len(tokenizer.vocab) == 500
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_merges_of_each_pattern_are_those_of_tokenizers(pattern):
-    texts = [prose(1, size=400), " ".join(FRAGMENTS) * 3]
-    ours = BPETokenizer.train(texts, 700, pattern=pattern)
-    theirs = train_in_hf(texts, 700, pattern=pattern)
-    assert merges_of(ours) == merges_of_hf(theirs)
 
 
 # Files
@@ -478,6 +380,62 @@ def test_a_missing_file_and_a_missing_special_token(file, tmp_path):
         BPETokenizer.load(tmp_path / "none.json")
     with pytest.raises(InputError, match=r"no special token </s> \(it has: <\|endoftext\|>\)"):
         BPETokenizer.load(file, eos_token="</s>")
+
+
+# Text as bytes
+
+
+@given(text=awkward)
+@settings(max_examples=50)
+def test_utf8_in_any_buffer_is_its_text(tokenizer, text):
+    data, expected = text.encode(), tokenizer.encode(text)
+    for buffer in (data, bytearray(data), memoryview(data), memoryview((data + b" ") * 2)[::2]):
+        if len(buffer) == len(data):
+            assert tokenizer.encode(buffer) == expected
+    assert tokenizer.encode_with_offsets(data)[0] == expected
+    ids, _ = tokenizer.encode_batch([text, data, np.frombuffer(data, np.uint8)])
+    assert ids.tolist() == expected * 3
+    assert tokenizer.encode_batch(iter([data]))[0].tolist() == expected
+
+
+def test_mapped_files_are_text(tokenizer, tmp_path):
+    path = tmp_path / "text"
+    path.write_text(prose(5), encoding="utf-8")
+    with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as mapped:
+        assert tokenizer.encode(mapped) == tokenizer.encode(prose(5))
+        assert merges_of(BPETokenizer.train([mapped], 300)) == merges_of(
+            BPETokenizer.train([prose(5)], 300)
+        )
+        with pytest.raises(InputError, match="texts is one mmap"):
+            tokenizer.encode_batch(mapped)
+
+
+@pytest.mark.parametrize("bad", [b"ok \xff", b"ok \xed\xa0\x80", b"ok \xe6\xbc"])
+def test_bytes_that_are_no_utf8_are_refused_or_replaced(tokenizer, bad):
+    with pytest.raises(InputError, match=r"the text is not valid UTF-8 at byte 3 \("):
+        tokenizer.encode(bad)
+    with pytest.raises(InputError, match=r"text 1 is not valid UTF-8 at byte 3 \("):
+        tokenizer.encode_batch(["fine", bad])
+    with pytest.raises(InputError, match=r"text 0 is not valid UTF-8 at byte 3 \("):
+        BPETokenizer.train([bad])
+    replaced = tokenizer.encode(bad.decode("utf-8", "replace"))
+    assert tokenizer.encode(bad, errors="replace") == replaced
+    assert tokenizer.encode_batch([bad], errors="replace")[0].tolist() == replaced
+
+
+@pytest.mark.parametrize("bad", [None, 5, ["a"]])
+def test_what_is_no_text_is_refused(tokenizer, bad):
+    for function in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(
+            InputError, match=r"the text is of type .* must be str, or bytes of UTF-8"
+        ):
+            function(bad)
+    for function in (tokenizer.encode_batch, BPETokenizer.train, BPETokenizer.counter().add):
+        with pytest.raises(InputError, match="text 1 is of type"):
+            function(["a", bad])
+    for function in (tokenizer.encode_batch, BPETokenizer.train, BPETokenizer.counter().add):
+        with pytest.raises(InputError, match="texts is of type NoneType"):
+            function(None)
 
 
 # Errors

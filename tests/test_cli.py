@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import SMALL, make_documents, write_jsonl
 
@@ -122,6 +123,13 @@ def test_tokenize(trained: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) 
     assert capsys.readouterr().out == "they were not there\n"
     assert run("tokenize", trained, file, "--eos") == 0
     assert capsys.readouterr().out.split()[-1] == "1"
+    assert run("tokenize", trained, file, file, "--eos", "--out", tmp_path / "x.bin") == 0
+    assert "10 tokens of 2 documents in" in capsys.readouterr().out
+    expected = [*map(int, ids.split()), 1] * 2
+    assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == expected
+    assert np.fromfile(tmp_path / "x.docs", "<i8").tolist() == [0, 5, 10]
+    assert run("tokenize", trained, "--out", tmp_path / "x.bin") == 2
+    assert run("tokenize", trained, file, "--out", tmp_path / "x.txt") == 2
 
 
 def test_chat(trained: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -149,6 +149,40 @@ def test_ctrl_c_interrupts_counting_and_training(endless_words):
     assert BPETokenizer.from_counter(counter, vocab_size=300).vocab_size == 300
 
 
+@pytest.fixture(scope="module")
+def many_pieces():
+    """A million distinct ones."""
+    text = random_text(string.ascii_lowercase + " " * 6, 6_000_000)
+    counters = BPETokenizer.counter(), BPETokenizer.counter(memory=8_000_000)
+    for counter in counters:
+        counter.add([text])
+    return counters
+
+
+@needs_extension
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_ctrl_c_interrupts_sorting_and_joining_pieces(many_pieces, on_disk):
+    counter = many_pieces[on_disk]
+    with Interrupt(after=0.02):
+        counter.items()
+    assert len(many_pieces[0]) == len(many_pieces[1]) > 300_000
+
+
+@needs_extension
+def test_an_exception_of_the_progress_callback_stops_training(endless_words):
+    stopped = None
+
+    def stop(stage, done, total):
+        nonlocal stopped
+        stopped = time.monotonic()
+        assert (stage, total) == ("count", 200 * 50 * len(endless_words))
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        BPETokenizer.train([endless_words * 50] * 200, 1000, progress=stop)
+    assert time.monotonic() - stopped < 1
+
+
 @needs_extension
 def test_ctrl_c_interrupts_words(endless_words):
     tokenizer = WordTokenizer.train([endless_words], 500)

@@ -52,6 +52,40 @@ def test_special_tokens_are_decided_as_by_tiktoken(pair, text, allowed, disallow
         assert ours.decode(expected) == text
 
 
+@given(
+    texts=st.lists(with_names, max_size=5),
+    allowed=choices,
+    disallowed=st.sampled_from([(), ["<|b|>"]]),
+    add_eos=st.booleans(),
+)
+@settings(max_examples=200)
+def test_batches_decide_as_single_texts(pair, texts, allowed, disallowed, add_eos):
+    ours, _ = pair
+    options = {"allowed_special": allowed, "disallowed_special": disallowed}
+    refused = [i for i, text in enumerate(texts) if disallowed and "<|b|>" in text]
+    if refused:
+        with pytest.raises(
+            InputError, match=rf"^text {refused[0]} has the special token '<\|b\|>'"
+        ):
+            ours.encode_batch(texts, **options)
+        return
+    ids, offsets = ours.encode_batch(texts, add_eos, threads=2, **options)
+    plain, plain_offsets = ours.encode_batch(texts, add_eos)
+    assert (ids.dtype, offsets.dtype) == (plain.dtype, plain_offsets.dtype)
+    expected = [ours.encode(text, add_eos, **options) for text in texts]
+    assert ids.tolist() == [i for row in expected for i in row]
+    assert np.diff(offsets).tolist() == list(map(len, expected))
+
+
+def test_surrogates_beside_special_tokens_are_refused_or_replaced(pair):
+    ours, _ = pair
+    texts, options = ["fine", f"a{EOS}\ud800"], {"allowed_special": "all"}
+    with pytest.raises(InputError, match=r"text 1 has the lone surrogate \\ud800 at position 14"):
+        ours.encode_batch(texts, **options)
+    ids, offsets = ours.encode_batch(texts, errors="replace", **options)
+    assert ours.decode(ids[offsets[1] :]) == f"a{EOS}\ufffd"
+
+
 @given(text=with_names)
 @settings(max_examples=100)
 def test_no_text_becomes_a_special_token_unless_allowed(pair, text):

@@ -1,5 +1,5 @@
 # ruff: noqa: N999
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +46,22 @@ class BPEModel:
     def decode(self, ids: list[int] | npt.NDArray[np.int64]) -> bytes: ...
 
 class BPECounter:
-    def __init__(self, pattern: str) -> None: ...
-    def add(self, texts: Sequence[str], replace: bool, threads: int) -> None: ...
+    def __init__(self, pattern: str, memory: int = ..., folder: str = "") -> None: ...
+    def add(
+        self,
+        texts: Sequence[str],
+        replace: bool,
+        threads: int,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None: ...
     def __len__(self) -> int: ...
     def items(self) -> tuple[list[bytes], npt.NDArray[np.int64]]: ...
     def train(
-        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
+        self,
+        byte_ids: Sequence[int],
+        first_free_id: int,
+        vocab_size: int,
+        min_frequency: int,
+        reserved: set[bytes] = ...,
+        progress: Callable[[int, int], None] | None = None,
     ) -> npt.NDArray[np.uint32]: ...

@@ -340,6 +340,11 @@ def _add_tokenize(verbs: Any) -> None:
     parser.add_argument("file", nargs="*", help="text files; standard input if none")
     parser.add_argument("--decode", action="store_true", help="the input is ids, the output text")
     parser.add_argument("--eos", action="store_true", help="end each text with the end-of-text id")
+    parser.add_argument(
+        "--out",
+        metavar="NAME.bin",
+        help="write a token file, each input a document, instead of printing; of any size",
+    )
 
 
 def _tokenize(arguments: argparse.Namespace) -> None:
@@ -347,6 +352,9 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
     path = Path(arguments.tokenizer)
     tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    if arguments.out is not None:
+        _tokenize_to_file(tokenizer, arguments)
+        return
     for name in arguments.file or ["-"]:
         text = _read_text(name)
         if arguments.decode:
@@ -354,6 +362,25 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         else:
             ids, _ = tokenizer.encode_batch([text], add_eos=arguments.eos)
             print(" ".join(map(str, ids.tolist())))
+
+
+def _tokenize_to_file(tokenizer: Any, arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from tinylm.data import encode_files
+
+    if arguments.decode or not arguments.file:
+        raise InputError("--out is for ids of text files; name some, and leave out --decode")
+    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+
+        def show(_: str, done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        tokens = encode_files(
+            tokenizer, arguments.file, arguments.out, add_eos=arguments.eos, progress=show
+        )
+    print(f"{len(tokens):,} tokens of {tokens.documents:,} documents in {arguments.out}")
 
 
 def _read_text(name: str) -> str:

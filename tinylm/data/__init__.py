@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tinylm.data.config import DataConfig
     from tinylm.data.preparation import encode_documents, prepare
     from tinylm.data.sources import Source, open_source
+    from tinylm.data.text_files import encode_files
     from tinylm.data.tokens import Dataset, TokenFile, open_dataset
 
 # Loaded on first use: `tinylm.config` needs only DataConfig, and must not wait for the rest.
@@ -16,6 +17,7 @@ _HOME = {
     "Source": "sources",
     "TokenFile": "tokens",
     "encode_documents": "preparation",
+    "encode_files": "text_files",
     "open_dataset": "tokens",
     "open_source": "sources",
     "prepare": "preparation",
@@ -27,6 +29,7 @@ __all__ = [
     "Source",
     "TokenFile",
     "encode_documents",
+    "encode_files",
     "open_dataset",
     "open_source",
     "prepare",

@@ -139,14 +139,26 @@ def unknown_words(
 
 
 class SplitWriter:
-    """Encodes the documents of one split into its two files."""
+    """Encodes the documents of one split into its two files.
+
+    Each document ends with ``<EOS>`` if ``document_eos``, all of them if ``stream_eos``.
+
+    Attributes:
+        documents, tokens, unk_tokens: how many there are so far.
+        wordless: documents without a token of their own.
+    """
 
     def __init__(
-        self, ids: IO[bytes], offsets: IO[bytes], tokenizer: Tokenizer, document_eos: bool
+        self,
+        ids: IO[bytes],
+        offsets: IO[bytes],
+        tokenizer: Tokenizer,
+        document_eos: bool,
+        stream_eos: bool,
     ) -> None:
         self._ids, self._offsets = ids, offsets
         self._tokenizer = tokenizer
-        self._document_eos = document_eos
+        self._document_eos, self._stream_eos = document_eos, stream_eos
         self._dtype = token_dtype(tokenizer.vocab_size)
         self.documents = self.tokens = self.unk_tokens = self.wordless = 0
 
@@ -157,22 +169,40 @@ class SplitWriter:
             InputError: the tokenizer cannot encode a text, or the disk is full.
         """
         ids, offsets = self._tokenizer.encode_batch(texts, add_eos=self._document_eos)
-        self._offsets.write((offsets[:-1] + self.tokens).astype(OFFSET_DTYPE).tobytes())
+        self._write_offsets(offsets[:-1] + self.tokens)
         self._write(ids)
         self.documents += len(texts)
         self.wordless += int((np.diff(offsets) == int(self._document_eos)).sum())
-        if self._tokenizer.unk_id is not None:
-            self.unk_tokens += int((ids == self._tokenizer.unk_id).sum())
+
+    @contextmanager
+    def document(self) -> Iterator[None]:
+        """One document, which the block gives to `add_parts`."""
+        begin = self.tokens
+        self._write_offsets(np.array([begin]))
+        yield
+        self.documents += 1
+        self.wordless += self.tokens == begin
+        if self._document_eos:
+            self._write(np.array([self._tokenizer.eos_id]))
+
+    def add_parts(self, parts: list[str], threads: int | None = None) -> None:
+        """Encodes and writes parts of a document that go on as `tinylm.tokenizer.cuts` cuts."""
+        self._write(self._tokenizer.encode_batch(parts, add_eos=False, threads=threads)[0])
 
     def finish(self) -> None:
         """Ends the stream, and the last document."""
-        if not self._document_eos:
+        if self._stream_eos:
             self._write(np.array([self._tokenizer.eos_id]))
-        self._offsets.write(np.array([self.tokens], OFFSET_DTYPE).tobytes())
+        self._write_offsets(np.array([self.tokens]))
 
     def _write(self, ids: npt.NDArray[np.integer]) -> None:
         self._ids.write(ids.astype(self._dtype, copy=False).tobytes())
         self.tokens += len(ids)
+        if self._tokenizer.unk_id is not None:
+            self.unk_tokens += int((ids == self._tokenizer.unk_id).sum())
+
+    def _write_offsets(self, offsets: npt.NDArray[np.integer]) -> None:
+        self._offsets.write(offsets.astype(OFFSET_DTYPE).tobytes())
 
     @property
     def word_gaps(self) -> int:
@@ -183,14 +213,22 @@ class SplitWriter:
 
 @contextmanager
 def split_writer(
-    folder: Path, split: str, tokenizer: Tokenizer, document_eos: bool
+    folder: Path,
+    split: str,
+    tokenizer: Tokenizer,
+    document_eos: bool,
+    stream_eos: bool | None = None,
 ) -> Iterator[SplitWriter]:
-    """Yields the writer of ``SPLIT.bin`` and ``SPLIT.docs``, which appear if the block succeeds."""
+    """Yields the writer of ``SPLIT.bin`` and ``SPLIT.docs``, which appear if the block succeeds.
+
+    ``stream_eos`` is, if None, the opposite of ``document_eos``.
+    """
+    stream_eos = not document_eos if stream_eos is None else stream_eos
     with (
         atomic_write(folder / f"{split}.bin") as ids,
         atomic_write(folder / f"{split}.docs") as docs,
     ):
-        writer = SplitWriter(ids, docs, tokenizer, document_eos)
+        writer = SplitWriter(ids, docs, tokenizer, document_eos, stream_eos)
         yield writer
         writer.finish()
 

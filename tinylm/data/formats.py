@@ -95,7 +95,7 @@ def _read_text(path: Path, options: ReadOptions, position: Position) -> Iterator
     space, else anywhere; joined they are the file again, without a byte order mark at its start.
     """
     limit, buffer = options.document_chars, ""
-    for text in _decode(path, options.errors, position):
+    for text in decode_text(path, options.errors, position):
         buffer += text
         start = 0
         while len(buffer) - start > limit:
@@ -119,7 +119,7 @@ def _cut(text: str, start: int, limit: int) -> int:
     return limit
 
 
-def _decode(path: Path, errors: str, position: Position) -> Iterator[str]:
+def decode_text(path: Path, errors: str, position: Position) -> Iterator[str]:
     """The text of a UTF-8 file in chunks, line ends untouched, a leading BOM dropped."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     offset = lines = 0

@@ -285,7 +285,11 @@ def _train_bpe(job: _Job, vocab_size: int) -> None:
     counter = BPETokenizer.counter()
     with job.training_stage("train tokenizer") as stage:
         count_training(job.corpus, counter, stage)
-        tokenizer = BPETokenizer.from_counter(counter, vocab_size)
+        tokenizer = BPETokenizer.from_counter(
+            counter,
+            vocab_size,
+            progress=lambda _, done, total: stage.note(f"{done:,} of {total:,} tokens"),
+        )
     tokenizer.save(job.path / TOKENIZER)
 
 

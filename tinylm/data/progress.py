@@ -37,6 +37,11 @@ class Stage:
             self._bar.set_postfix_str(f"{self._documents:,} documents", refresh=False)
             self._bar.update(sum(source.bytes_read for source in self._sources) - self._bar.n)
 
+    def note(self, text: str) -> None:
+        """Shows ``text`` beside the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -1,11 +1,14 @@
 """Checks and cuts what both tokenizers are given: several texts, a number of threads."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, get_args
+from mmap import mmap
+from typing import Any, Literal, get_args
 
 from tinylm.errors import InputError
 
 Errors = Literal["strict", "replace"]
+Text = str | bytes | bytearray | memoryview | mmap
+"""Text, or the UTF-8 of it in anything that has the buffer protocol."""
 
 BATCH_CHARACTERS = 1 << 23  # handed on at once: enough to keep all threads busy
 
@@ -16,20 +19,57 @@ def check_threads(threads: int | None) -> None:
         raise InputError(f"threads is {threads}; it must be at least 1, or None for all")
 
 
-def check_texts(texts: Iterable[str]) -> None:
-    """Raises `InputError` for a single string, whose characters would pass for texts."""
-    if isinstance(texts, str):
-        raise InputError("texts is one string; it must be a list of strings")
+def check_texts(texts: Iterable[Any]) -> None:
+    """Raises `InputError` for a single text, whose characters would pass for texts."""
+    if isinstance(texts, Text):
+        kind = "string" if isinstance(texts, str) else type(texts).__name__
+        raise InputError(f"texts is one {kind}; it must be a list of texts")
+    if not isinstance(texts, Iterable):
+        raise InputError(f"texts is of type {type(texts).__name__}; it must be a list of texts")
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def to_text(text: Any, errors: str, where: str = "the text") -> str:
+    """``text``, decoded from UTF-8 if it is a buffer.
+
+    Raises:
+        InputError: it is neither, or not UTF-8 and ``errors`` is not ``"replace"``, which reads
+            U+FFFD there.
+    """
+    if isinstance(text, str):
+        return text
+    try:
+        view = memoryview(text)
+    except TypeError:
+        raise InputError(
+            f"{where} is of type {type(text).__name__}; it must be str, or bytes of UTF-8"
+        ) from None
+    with view:
+        try:
+            return str(view if view.c_contiguous else view.tobytes(), "utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where} is not valid UTF-8 at byte {error.start} ({error.reason}); convert it or "
+                "pass errors='replace' to read U+FFFD there"
+            ) from None
+
+
+def to_texts(texts: Iterable[Any], errors: str) -> Sequence[str]:
+    """All ``texts`` as by `to_text`, with no copy of those that are strings."""
+    check_texts(texts)
+    sequence = texts if isinstance(texts, (list, tuple)) else list(texts)
+    if set(map(type, sequence)) <= {str}:
+        return sequence
+    return [to_text(text, errors, f"text {i}") for i, text in enumerate(sequence)]
+
+
+def batches(texts: Iterable[Any]) -> Iterator[list[Any]]:
     """``texts`` in lists of about ``BATCH_CHARACTERS``. Raises as `check_texts`."""
     check_texts(texts)
-    batch: list[str] = []
+    batch: list[Any] = []
     characters = 0
     for text in texts:
         batch.append(text)
-        characters += len(text)
+        characters += len(text) if hasattr(text, "__len__") else 0
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -17,6 +17,7 @@ from tinylm.files import atomic_write
 from tinylm.tokenizer.bpe_json import (
     BPEVocabulary,
     check_gaps,
+    has_surrogate,
     read_content,
     to_alphabet,
 )
@@ -55,6 +56,8 @@ def read_tiktoken(
     for special, token_id in special_tokens.items():
         if not special or special in spelled:
             raise InputError(f"the special token {special!r} is empty or a token of {name} too")
+        if has_surrogate(special):
+            raise InputError(f"the special token {special!r} has a lone surrogate")
         if not 0 <= token_id < MAX_IDS or token_id in names:
             reason = f"that of {names[token_id]!r} too" if token_id in names else "no id"
             raise InputError(f"the id of the special token {special!r}, {token_id}, is {reason}")

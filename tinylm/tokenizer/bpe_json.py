@@ -264,6 +264,8 @@ class _Reader:
             content, token_id = token.get("content"), token.get("id")
             if not isinstance(content, str) or not _is_id(token_id):
                 self._fail(f"has an added token without content and id: {json.dumps(token)}")
+            if has_surrogate(content):
+                self._fail(f"has the special token {content!r}, which no text could have")
             if token.get("special") is not True:
                 self._fail(f"has the added token {content!r} that is not special: not supported")
             specials[content] = token_id
@@ -329,6 +331,11 @@ def last_of_each_pair(rows: Iterable[Sequence[int]]) -> npt.NDArray[np.uint32]:
         results[left, right] = result
     flat = [(left, right, result) for (left, right), result in results.items()]
     return np.array(flat, dtype=np.uint32).reshape(-1, 3)
+
+
+def has_surrogate(name: str) -> bool:
+    """Whether ``name`` has a lone surrogate, so that it cannot be encoded."""
+    return any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _type_of(value: Any) -> str | None:

@@ -3,7 +3,7 @@
 import heapq
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -191,18 +191,28 @@ class BPEModel:
         return ids
 
 
+Tell = Callable[[int, int], None]  # what is done, and of how much
+
+
 class BPECounter:
     """Counts pieces of texts and learns merges from them."""
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, memory: int | None = None, folder: str = "") -> None:
+        """``memory`` and ``folder`` say nothing here: all is kept in memory."""
         self._pattern = pattern
         self._counts: Counter[bytes] = Counter()
 
-    def add(self, texts: Sequence[str], replace: bool, threads: int) -> None:
+    def add(
+        self, texts: Sequence[str], replace: bool, threads: int, progress: Tell | None = None
+    ) -> None:
         """Counts the pieces of ``texts``; none of them if one has a lone surrogate."""
         encodable = [to_utf8(text, replace).decode() for text in texts]
+        total, done = sum(map(len, encodable)), 0
         for text in encodable:
             self._counts.update(piece.encode() for piece in pretokenize(text, self._pattern))
+            done += len(text)
+            if progress is not None:
+                progress(done, total)
 
     def __len__(self) -> int:
         """How many distinct pieces there are."""
@@ -214,17 +224,24 @@ class BPECounter:
         return pieces, np.array([self._counts[piece] for piece in pieces], dtype=np.int64)
 
     def train(
-        self, byte_ids: Sequence[int], first_free_id: int, vocab_size: int, min_frequency: int
+        self,
+        byte_ids: Sequence[int],
+        first_free_id: int,
+        vocab_size: int,
+        min_frequency: int,
+        reserved: Collection[bytes] = (),
+        progress: Tell | None = None,
     ) -> npt.NDArray[np.uint32]:
         """Merges as rows of left, right and result, in order.
 
         The pair with the highest count is merged next; ties go to the smaller left id, then to
         the smaller right id; pairs seen less often than ``min_frequency`` are not merged. When
         the joined bytes are those of an existing token, that token is the result and the
-        vocabulary does not grow. These are the merges of Hugging Face tokenizers' BpeTrainer.
+        vocabulary does not grow; when they are ``reserved``, the pair is passed over. Without
+        reserved ones these are the merges of Hugging Face tokenizers' BpeTrainer.
         """
         trainer = _Trainer(self._counts, byte_ids, first_free_id)
-        merges = trainer.run(vocab_size, max(1, min_frequency))
+        merges = trainer.run(vocab_size, max(1, min_frequency), reserved, progress)
         return np.array(merges, dtype=np.uint32).reshape(-1, 3)
 
 
@@ -247,9 +264,17 @@ class _Trainer:
                 self._change(pair, word, +1)
         self._push_new_pairs()
 
-    def run(self, vocab_size: int, min_frequency: int) -> list[tuple[int, int, int]]:
+    def run(
+        self,
+        vocab_size: int,
+        min_frequency: int,
+        reserved: Collection[bytes],
+        progress: Tell | None,
+    ) -> list[tuple[int, int, int]]:
         merges: list[tuple[int, int, int]] = []
         while self._next_id < vocab_size and self._queue:
+            if progress is not None:
+                progress(self._next_id, vocab_size)
             negative_count, pair, words = heapq.heappop(self._queue)
             count = self._pair_counts[pair]
             if count != -negative_count:
@@ -257,6 +282,8 @@ class _Trainer:
                 continue
             if count < min_frequency:
                 break
+            if self._spelling[pair[0]] + self._spelling[pair[1]] in reserved:
+                continue
             result = self._id_of_joined(pair)
             merges.append((*pair, result))
             for word in words:

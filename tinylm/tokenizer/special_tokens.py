@@ -17,7 +17,9 @@ class SpecialTokens:
     def __init__(self, ids: Mapping[str, int]) -> None:
         self._ids = dict(ids)
 
-    def segments(self, text: str, allowed: Choice, disallowed: Choice) -> list[Segment]:
+    def segments(
+        self, text: str, allowed: Choice, disallowed: Choice, where: str = "the text"
+    ) -> list[Segment]:
         """``text`` cut at the special tokens that are ``allowed``; no segment is empty.
 
         ``disallowed`` may be ``"all"``, which means all that are not allowed.
@@ -31,7 +33,7 @@ class SpecialTokens:
             refused -= chosen
         if refused and (found := _any_of(refused).search(text)):
             raise InputError(
-                f"the text has the special token {found[0]!r} at position {found.start()}, which "
+                f"{where} has the special token {found[0]!r} at position {found.start()}, which "
                 "disallowed_special forbids; put it into allowed_special to have it encoded as "
                 "one token, or leave it out of disallowed_special to have it encoded as text"
             )
@@ -53,6 +55,11 @@ class SpecialTokens:
                 known = ", ".join(self._ids)
                 raise InputError(f"{argument} has {name!r}, which is no special token ({known})")
         return frozenset(choice)
+
+
+def is_empty(choice: Choice) -> bool:
+    """Whether no special token is chosen."""
+    return not isinstance(choice, str) and len(choice) == 0
 
 
 @lru_cache(maxsize=64)
