@@ -1,5 +1,6 @@
 # ruff: noqa: N999
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
