@@ -105,6 +105,15 @@ def test_prepare_train_and_use(tmp_path: Path, corpus: Path, capsys: Any) -> Non
     keys = "loss perplexity top1 top5 bits_per_byte unk_share known_loss known_top1 tokens bytes"
     assert set(keys.split()) <= result.keys()
     assert result["overlap"] < 0.5
+    for data in ([], ["--data", other]):
+        assert run("eval", out, *data, "--baselines", "--json") == 0
+        counted = json.loads(capsys.readouterr().out)["baselines"]
+        assert counted["trigram"]["loss"] < counted["unigram"]["loss"]
+        assert set(counted["bigram"]) == {
+            "loss", "top1", "known_loss", "known_top1", "bits_per_byte",
+        }  # fmt: skip
+        if not data:
+            assert json.loads((out / "eval.json").read_text()) == saved | {"baselines": counted}
     assert run("eval", out, "--data", corpus, "--context", 8) == 0
     text = capsys.readouterr().out
     assert "context 8" in text
@@ -209,6 +218,8 @@ def test_notebook_weights_can_be_exported_and_used(
     evaluation = ("eval", pth, "--tokenizer", folder / "tokenizer.json", "--data", strange)
     assert run(*evaluation, "--json") == 0  # unknown words, and no model of how they are spelled
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] is None
+    assert run(*evaluation, "--baselines") == 2
+    assert "baselines need the run's training text" in capsys.readouterr().err
     assert run("eval", folder, "--data", strange, "--json") == 0
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
     assert run("export", folder, "--out", tmp_path / "hf") == 2

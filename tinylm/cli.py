@@ -317,6 +317,11 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument(
         "--context", type=int, metavar="N", help="window length in tokens; as in training if unset"
     )
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also evaluate n-gram models that count the run's training text",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -326,7 +331,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     lm = _load(arguments)
     options = _given(arguments, DataConfig)
     options.pop("tokenizer", None)
-    result = evaluate_on(lm, options.pop("data", None), seq_len=arguments.context, **options)
+    result = evaluate_on(
+        lm,
+        options.pop("data", None),
+        seq_len=arguments.context,
+        baselines=arguments.baselines,
+        **options,
+    )
     if arguments.json:
         print(json.dumps(result))
         return
