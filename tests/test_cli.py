@@ -44,7 +44,7 @@ def test_train_options() -> None:
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
         "--micro-batch-size --optimizer --lr --muon-lr --beta1 --beta2 --weight-decay --schedule "
         "--warmup --decay --clip --device --precision --seed --log-every --eval-every "
-        "--eval-tokens --sample-every --checkpoint-seconds --keep-checkpoints"
+        "--eval-tokens --logger --sample-every --checkpoint-seconds --keep-checkpoints"
     )
     assert options == set(expected.split())
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tinylm.data.config import DataConfig, option
 from tinylm.errors import InputError
+from tinylm.loggers import logger_names
 
 __all__ = ["PRESETS", "DataConfig", "ModelConfig", "TrainConfig", "config_from_dict", "with_fields"]
 
@@ -112,6 +113,7 @@ class TrainConfig:
     )
     seed: int = option(0, "seed of initial weights, order of data and samples")
 
+    logger: str = option("", "also log to tensorboard, wandb, or both (a comma between)")
     log_every: int = option(10, "steps between records in metrics.jsonl")
     eval_every: int | None = option(None, "steps between evaluations; about 20 in a run if unset")
     eval_tokens: int = option(32_768, "validation tokens used while training; all at the end")
@@ -131,6 +133,7 @@ class TrainConfig:
             "micro_batch_size", "lr", "muon_lr", "log_every", "eval_every", "eval_tokens",
             "sample_every", "keep_checkpoints",
         )  # fmt: skip
+        logger_names(self.logger)
         lengths = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
         if len(lengths) > 1:
             raise InputError(f"give one of steps, epochs and minutes, not {' and '.join(lengths)}")

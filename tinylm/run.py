@@ -14,12 +14,13 @@ from tinylm.device import choose_device
 from tinylm.errors import InputError
 from tinylm.files import atomic_write, disk_errors, write_json
 from tinylm.lm import LanguageModel, load
+from tinylm.loggers import open_loggers, require_loggers
 from tinylm.progress import TrainingProgress, duration
 from tinylm.report import evaluate_dataset, result_lines
 from tinylm.trainer import Trainer
 
 # Options that may differ when a run is resumed: they change what is seen, not what is learned.
-MAY_DIFFER = ("out", "log_every", "checkpoint_seconds", "keep_checkpoints")
+MAY_DIFFER = ("out", "logger", "log_every", "checkpoint_seconds", "keep_checkpoints")
 
 
 def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> LanguageModel:
@@ -43,6 +44,7 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
     progress = TrainingProgress(quiet)
     try:
         device = choose_device(config.device, config.precision)
+        require_loggers(config.logger)
         _check_folder(folder, config, fresh)
         dataset = prepare(config.data, progress=not quiet)
         vocab_size = dataset.tokenizer.vocab_size
@@ -59,7 +61,8 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
         _introduce(trainer, progress)
         if trainer.resume():
             progress.say(f"resuming from the checkpoint of step {trainer.state.step:,}")
-        trainer.run()
+        with open_loggers(config, folder, trainer.state.step) as trainer.metrics.follow:
+            trainer.run()
         progress.close()
         trainer.finish()
         return _conclude(trainer, progress)
