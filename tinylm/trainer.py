@@ -19,6 +19,7 @@ from tinylm.data import Dataset
 from tinylm.data.windows import WindowSampler
 from tinylm.device import Device
 from tinylm.errors import TrainingError
+from tinylm.eta import Eta
 from tinylm.evaluate import evaluate
 from tinylm.generate import Sampling
 from tinylm.lm import LanguageModel
@@ -28,6 +29,7 @@ from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
 
 EVALUATIONS = 20  # in a run, unless eval_every says otherwise
+SAMPLES = 4  # in a run, unless sample_every says otherwise
 SAMPLE_TOKENS = 40
 SAMPLE_PROMPTS = 3
 SPIKE = 2.0  # nats above the running mean that count as a loss spike
@@ -90,7 +92,7 @@ class Trainer:
         self._last: dict[str, float] = {}  # what the newest record says
         self._stop: int | None = None
         self._session_start = self._last_checkpoint = time.monotonic()
-        self._session_share = 0.0
+        self.eta = Eta(lambda: time.monotonic())
 
     def _total_steps(self) -> int | None:
         """None when the run is limited by time."""
@@ -133,10 +135,10 @@ class Trainer:
             TrainingError: the loss is not finite, or memory ran out.
         """
         self._session_start = self._last_checkpoint = time.monotonic()
-        self._session_share = self.share
         before = self.state.elapsed
         if self.state.step == 0:
-            self._evaluate()
+            with self.eta.interruption("evaluation"):
+                self._evaluate()
         with self._signals():
             while self.share < 1.0:
                 share = self.share
@@ -237,13 +239,15 @@ class Trainer:
         per_epoch = self.sampler.steps_per_epoch
         if state.step // per_epoch > (state.step - 1) // per_epoch:
             self._end_epoch()
-        self._show()
         if ended or self._due(config.eval_every, share_before, EVALUATIONS):
-            self._evaluate()
-        if ended or self._due(config.sample_every, share_before, EVALUATIONS // 5):
-            self._sample()
+            with self.eta.interruption("evaluation"):
+                self._evaluate()
+        if ended or self._due(config.sample_every, share_before, SAMPLES):
+            with self.eta.interruption("sample"):
+                self._sample()
         if time.monotonic() - self._last_checkpoint > config.checkpoint_seconds:
             self.save_checkpoint()
+        self._show()
 
     def _due(self, every: int | None, share_before: float, times: int) -> bool:
         """Every so many steps, or so many times a run."""
@@ -293,11 +297,30 @@ class Trainer:
             "loss": f"{mean:.3f}",
             "": f"{state.tokens / max(state.elapsed, 1e-9) / 1000:.1f}k tokens/s",
         }
-        spent = time.monotonic() - self._session_start
-        done = self.share - self._session_share
-        if done > 0:
-            figures["left"] = duration(spent / done * (1 - self.share))
+        if (left := self.seconds_left()) is not None:
+            figures["left"] = duration(left)
         self.progress.update(self.share, figures)
+
+    def seconds_left(self) -> float | None:
+        """Until the run is evaluated on the whole validation split; None while unknown."""
+        config, share = self.config, self.share
+        steps = self.eta.steps(share)
+        over = {
+            "evaluation": self._times_left(config.eval_every, EVALUATIONS),
+            "sample": self._times_left(config.sample_every, SAMPLES),
+        }
+        if config.minutes is not None:  # which the clock ends, whatever fills them
+            steps = config.minutes * 60 - self.state.elapsed
+            over = dict.fromkeys(over, 1.0 if share < 1.0 else 0.0)
+        valid = len(self.dataset.valid)
+        over["evaluation"] += valid / min(config.eval_tokens, valid)
+        return None if steps is None else max(0.0, steps) + self.eta.interruptions(over)
+
+    def _times_left(self, every: int | None, times: int) -> float:
+        """How often something `_due` is still to come, the last time at the end of the run."""
+        if every is None or self.total_steps is None or self.share >= 1.0:
+            return times - math.floor(self.share * times)
+        return math.ceil(self.total_steps / every) - self.state.step // every
 
     @property
     def _unk_id(self) -> int | None:
