@@ -63,6 +63,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="tinylm",
         description="From raw text to a trained, honestly evaluated small language model.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
     )
     parser.add_argument("--version", action="version", version=f"tinylm {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -72,6 +73,7 @@ def build_parser() -> Parser:
     _add_chat(verbs)
     _add_next(verbs)
     _add_eval(verbs)
+    _add_reproduce(verbs)
     _add_tokenize(verbs)
     _add_export(verbs)
     _add_doctor(verbs)
@@ -343,6 +345,49 @@ def _eval(arguments: argparse.Namespace) -> None:
         return
     for line in result_lines(result):
         print(line)
+
+
+SHARED_BY_PRESETS = ("device", "seed", "logger")
+
+
+def _add_reproduce(verbs: Any) -> None:
+    text = "train the presets under an equal budget and compare them in one table"
+    parser = _command(verbs, "reproduce", _reproduce, text)
+    parser.add_argument("--minutes", type=float, metavar="X", help="to train each preset for")
+    parser.add_argument("--tokens", type=int, metavar="N", help="or tokens to train each on")
+    parser.add_argument(
+        "--presets", default="notebook,causal,modern", metavar="NAMES", help="default %(default)s"
+    )
+    parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER")
+    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the table")
+    _add_fields(parser.add_argument_group("data"), DataConfig)
+    _add_fields(parser.add_argument_group("training"), TrainConfig, only=SHARED_BY_PRESETS)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from tinylm.reproduce import reproduce, table
+    from tinylm.trainer import Interrupted
+
+    data = DataConfig(**{"tokenizer": "word"} | _given(arguments, DataConfig))
+    given = _given(arguments, TrainConfig)
+    try:
+        report = reproduce(
+            data,
+            arguments.out,
+            minutes=arguments.minutes,
+            tokens=arguments.tokens,
+            presets=arguments.presets.replace(",", " ").split(),
+            fresh=arguments.fresh,
+            quiet=arguments.quiet,
+            **{name: given[name] for name in SHARED_BY_PRESETS if name in given},
+        )
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return 128 + stop.signum
+    print(table(report))
+    print(f"{arguments.out}/report.md, report.json, report.png", file=sys.stderr)
+    return 0
 
 
 def _add_tokenize(verbs: Any) -> None:

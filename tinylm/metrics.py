@@ -100,10 +100,16 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
     _save(figure, axes, path)
 
 
-def plot_runs(runs: Mapping[str, MetricsFile], path: str | os.PathLike[str], title: str) -> None:
+def plot_runs(
+    runs: Mapping[str, MetricsFile],
+    path: str | os.PathLike[str],
+    title: str,
+    levels: Mapping[str, float] | None = None,
+) -> None:
     """Validation losses of several runs, by label, against the minutes they took.
 
-    Of a model without causal mask both curves are drawn, the honest and the leaked.
+    Of a model without causal mask both curves are drawn, the honest and the leaked. ``levels``
+    are losses to compare with, drawn as lines across.
     """
     figure, axes = _axes("minutes of training", "validation loss (nats per token)", title)
     shown: list[tuple[float, float]] = []
@@ -118,6 +124,11 @@ def plot_runs(runs: Mapping[str, MetricsFile], path: str | os.PathLike[str], tit
                 text = f"{label}{suffix}: {points[-1][1]:.2f}"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=text)
                 shown += points
+    end = max((x for x, _ in shown), default=0.0)
+    for i, (label, loss) in enumerate((levels or {}).items()):
+        text, grey = f"{label}: {loss:.2f}", str(0.7 - 0.2 * min(i, 3))
+        axes.axhline(loss, linestyle=":", color=grey, label=text)
+        shown.append((end, loss))
     _leave_out_the_fall(axes, shown)
     _save(figure, axes, path)
 

@@ -14,6 +14,7 @@ from tinylm.files import write_json
 from tinylm.lm import LanguageModel
 
 logger = logging.getLogger("tinylm")
+BASELINE_COLUMNS = ("loss", "top1", "known_loss", "known_top1", "bits_per_byte")
 
 
 def evaluate_dataset(
@@ -46,18 +47,11 @@ def evaluate_dataset(
         "seq_len": seq_len,
         "limit": limit,
     }
-    ids, about = dataset.valid.ids, dataset.meta["splits"]["valid"]
+    ids = dataset.valid.ids
     totals = evaluate(lm.model, ids, **options)
-    # Unknown words without a model to spell them with: their cost is unknown too, not nothing.
-    payable = about["unk_bits"] is not None or not about["unk_tokens"]
-    text = EvalText(bytes=about["normalised_bytes"], unk_bits=about["unk_bits"] or 0.0)
-    defined = payable and limit is None and text.bytes > 0
-
-    def rates(totals: Totals) -> dict[str, Any]:
-        return totals.rates() | {"bits_per_byte": bits_per_byte(totals, text) if defined else None}
-
-    result = rates(totals)
-    result |= {"tokens": totals.tokens, "bytes": text.bytes, "context": seq_len}
+    result = _rates(totals, dataset)
+    size = dataset.meta["splits"]["valid"]["normalised_bytes"]
+    result |= {"tokens": totals.tokens, "bytes": size, "context": seq_len}
     if dataset.meta.get("overlap") is not None:
         result["overlap"] = dataset.meta["overlap"]["share"]
     if not lm.model.config.causal:
@@ -68,15 +62,25 @@ def evaluate_dataset(
         counted = evaluate_baselines(
             baselines_from.ids, ids, vocab_size=vocab_size, say=logger.warning, **options
         )
-        result["baselines"] = {name: _baseline(rates(sums)) for name, sums in counted.items()}
+        result["baselines"] = {
+            name: baseline_rates(sums, dataset) for name, sums in counted.items()
+        }
     return result
 
 
-def _baseline(rates: dict[str, Any]) -> dict[str, Any]:
+def baseline_rates(totals: Totals, dataset: Dataset) -> dict[str, Any]:
+    """The figures of a baseline on the validation split; it has no ``top5``."""
+    rates = _rates(totals, dataset)
     return {name: rates[name] for name in BASELINE_COLUMNS}
 
 
-BASELINE_COLUMNS = ("loss", "top1", "known_loss", "known_top1", "bits_per_byte")
+def _rates(totals: Totals, dataset: Dataset) -> dict[str, Any]:
+    about = dataset.meta["splits"]["valid"]
+    # Unknown words without a model to spell them with: their cost is unknown too, not nothing.
+    payable = about["unk_bits"] is not None or not about["unk_tokens"]
+    text = EvalText(bytes=about["normalised_bytes"], unk_bits=about["unk_bits"] or 0.0)
+    defined = payable and totals.tokens == len(dataset.valid) and text.bytes > 0
+    return totals.rates() | {"bits_per_byte": bits_per_byte(totals, text) if defined else None}
 
 
 def evaluate_on(
