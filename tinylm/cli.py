@@ -63,9 +63,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="tinylm",
         description="From raw text to a trained, honestly evaluated small language model.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
     )
-    parser.add_argument("--version", action="version", version=f"tinylm {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"tinylm {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_prepare(verbs)
     _add_train(verbs)
