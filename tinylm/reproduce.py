@@ -25,6 +25,9 @@ from tinylm.run import train
 ORDER = ("notebook", "causal", "modern")
 # Tokens whose loss is measured given a whole window before each: one window a token is slow.
 FULL_PREFIX_TOKENS = 8192
+# Evaluated now and then while training. To hide the future from the notebook's model takes a
+# computation for each prefix length: more tokens would use up a good part of its minutes.
+EVAL_TOKENS = 8192
 
 COLUMNS = {
     "parameters": ("parameters", "{:,}"),
@@ -121,7 +124,7 @@ def _configs(
         raise InputError(f"a budget of {minutes or tokens or 0} trains nothing")
     configs = {}
     for name in presets:
-        config = TrainConfig.from_preset(name, **options)
+        config = TrainConfig.from_preset(name, **({"eval_tokens": EVAL_TOKENS} | options))
         steps = None
         if tokens is not None:
             steps = max(1, round(tokens / (config.batch_size * config.seq_len)))
