@@ -58,20 +58,26 @@ def evaluate_dataset(
         leaked = evaluate(lm.model, ids, prefix_only=False, **options)
         result |= {"leaked_loss": leaked.loss, "leaked_top1": leaked.top1 / leaked.tokens}
     if baselines_from is not None:
-        vocab_size = lm.tokenizer.vocab_size
-        counted = evaluate_baselines(
-            baselines_from.ids, ids, vocab_size=vocab_size, say=logger.warning, **options
-        )
-        result["baselines"] = {
-            name: baseline_rates(sums, dataset) for name, sums in counted.items()
-        }
+        result["baselines"] = baseline_rates(baselines_from, dataset, seq_len=seq_len, limit=limit)
     return result
 
 
-def baseline_rates(totals: Totals, dataset: Dataset) -> dict[str, Any]:
-    """The figures of a baseline on the validation split; it has no ``top5``."""
-    rates = _rates(totals, dataset)
-    return {name: rates[name] for name in BASELINE_COLUMNS}
+def baseline_rates(
+    train: TokenFile, dataset: Dataset, *, seq_len: int = 1, limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Figures of n-gram models of ``train`` on the tokens that `evaluate_dataset` takes."""
+    counted = evaluate_baselines(
+        train.ids,
+        dataset.valid.ids,
+        vocab_size=dataset.tokenizer.vocab_size,
+        eos_id=dataset.tokenizer.eos_id,
+        unk_id=dataset.tokenizer.unk_id,
+        seq_len=seq_len,
+        limit=limit,
+        say=logger.warning,
+    )
+    rates = {name: _rates(totals, dataset) for name, totals in counted.items()}
+    return {name: {key: rates[name][key] for key in BASELINE_COLUMNS} for name in rates}
 
 
 def _rates(totals: Totals, dataset: Dataset) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinylm.baselines import evaluate_baselines
 from tinylm.config import PRESETS, DataConfig, TrainConfig
 from tinylm.data import Dataset, prepare
 from tinylm.errors import InputError
@@ -85,7 +84,7 @@ def reproduce(
     runs = {name: train(config, fresh=fresh, quiet=quiet) for name, config in configs.items()}
     dataset = prepare(next(iter(configs.values())).data, progress=not quiet)
     longest = max(config.seq_len for config in configs.values())
-    baselines = _baselines(dataset)
+    baselines = baseline_rates(dataset.train, dataset)
     report = {
         "budget": {"minutes": minutes} if minutes is not None else {"tokens": tokens},
         "data": data.data,
@@ -157,18 +156,6 @@ def _row(lm: LanguageModel, dataset: Dataset, longest: int) -> dict[str, Any]:
         "context": lm.config.seq_len,
         "samples": samples[-1] if samples else [],
     }
-
-
-def _baselines(dataset: Dataset) -> dict[str, Any]:
-    tokenizer = dataset.tokenizer
-    counted = evaluate_baselines(
-        dataset.train.ids,
-        dataset.valid.ids,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        unk_id=tokenizer.unk_id,
-    )
-    return {name: baseline_rates(totals, dataset) for name, totals in counted.items()}
 
 
 # --- the report as text --------------------------------------------------------------------------
