@@ -1,6 +1,8 @@
 """The time left that a run shows, against a clock that the test turns."""
 
+import os
 import random
+import signal
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -89,13 +91,14 @@ def test_a_resumed_run_knows_only_its_own_session(
     with monkeypatch.context() as patch:
         clock = Clock(patch)
         clock.takes(Trainer, "_train_step", lambda: 10.0)
-        plain = Trainer._after_step
+        plain = Trainer._train_step
 
         def stop(trainer: Trainer, share: float) -> None:
             plain(trainer, share)
-            trainer._stop = 2 if trainer.state.step == 50 else None
+            if trainer.state.step == 50:
+                os.kill(os.getpid(), signal.SIGINT)
 
-        patch.setattr(Trainer, "_after_step", stop)
+        patch.setattr(Trainer, "_train_step", stop)
         with pytest.raises(trainer_module.Interrupted):
             train(small_run(steps=100), quiet=True)
     clock = Clock(monkeypatch)
