@@ -78,9 +78,9 @@ def test_wandb_is_told_all_that_metrics_hold(
 
 
 def test_a_resumed_run_goes_on_in_the_same_place(tmp_path: Path, wandb: FakeWandb) -> None:
-    config = TrainConfig(logger="wandb")
+    config = TrainConfig()
     for step in (0, 7):
-        with open_loggers(config, tmp_path, step) as log:
+        with open_loggers("wandb", config, tmp_path, step) as log:
             log({"step": step, "loss": 1.0})
     assert wandb.inits[0]["id"] == wandb.inits[1]["id"]
     assert wandb.finished == 2
@@ -129,9 +129,9 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = TrainConfig(logger="tensorboard")
+    config = TrainConfig()
     for first, last in ((0, 6), (3, 8)):  # killed after 6, resumed from the checkpoint of 3
-        with open_loggers(config, tmp_path, first) as log:
+        with open_loggers("tensorboard", config, tmp_path, first) as log:
             for step in range(first + 1, last + 1):
                 log({"step": step, "loss": 10.0 * first + step, "samples": [f"text {step}"]})
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})

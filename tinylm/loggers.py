@@ -117,8 +117,13 @@ def require_loggers(text: str) -> None:
 
 
 @contextmanager
-def open_loggers(config: Any, folder: Path, step: int) -> Iterator[Callable[[Record], None]]:
+def open_loggers(
+    text: str, config: Any, folder: Path, step: int
+) -> Iterator[Callable[[Record], None]]:
     """Opens the loggers of a run that goes on after ``step``; yields what takes its records.
+
+    Args:
+        text: a ``--logger`` option.
 
     Raises:
         InputError: a logger cannot start, for want of a network or a login, say.
@@ -134,7 +139,7 @@ def open_loggers(config: Any, folder: Path, step: int) -> Iterator[Callable[[Rec
                 del opened[name]
 
     try:
-        for name in logger_names(config.logger):
+        for name in logger_names(text):
             try:
                 opened[name] = LOGGERS[name][1](folder, config, step)
             except Exception as error:

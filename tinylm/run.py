@@ -61,7 +61,8 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
         _introduce(trainer, progress)
         if trainer.resume():
             progress.say(f"resuming from the checkpoint of step {trainer.state.step:,}")
-        with open_loggers(config, folder, trainer.state.step) as trainer.metrics.follow:
+        step = trainer.state.step
+        with open_loggers(config.logger, config, folder, step) as trainer.metrics.follow:
             trainer.run()
         progress.close()
         trainer.finish()
