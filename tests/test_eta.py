@@ -63,7 +63,8 @@ def test_the_time_left_is_right_within_a_tenth(
     first = iter([25.0])  # the first step compiles, say
     step = lambda: next(first, generator.uniform(0.5, 1.5))  # noqa: E731
     clock.takes(Trainer, "_train_step", step)
-    clock.takes(Trainer, "_evaluate", lambda: 4.0)
+    precise = iter([7.0])  # the first evaluation is in fp32, as the last is
+    clock.takes(Trainer, "_evaluate", lambda: next(precise, 4.0))
     clock.takes(Trainer, "_sample", lambda: 1.0)
     clock.takes(Trainer, "save_checkpoint", lambda: 1.0)
     tokens = 256  # of the validation split, in each evaluation but the last
@@ -71,7 +72,7 @@ def test_the_time_left_is_right_within_a_tenth(
     last = run_module.evaluate_dataset
 
     def whole(lm: Any, dataset: Any, **options: Any) -> Any:
-        clock.now += 4.0 * len(dataset.valid) / tokens
+        clock.now += 7.0 * len(dataset.valid) / tokens
         return last(lm, dataset, **options)
 
     monkeypatch.setattr(run_module, "evaluate_dataset", whole)

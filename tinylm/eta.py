@@ -1,6 +1,6 @@
 """How long a run still takes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -40,7 +40,9 @@ class Eta:
         first, start = self._begin
         return None if share <= first else (now - start) / (share - first) * (1 - share)
 
-    def interruptions(self, to_come: Mapping[str, float]) -> float:
-        """Seconds for so many interruptions of each kind; nothing for a kind not yet seen."""
-        mean = {kind: sum(spent) / len(spent) for kind, spent in self._spent.items()}
-        return sum(count * mean.get(kind, 0.0) for kind, count in to_come.items())
+    def cost(self, *kinds: str) -> float:
+        """Mean seconds of an interruption of the first of ``kinds`` that was seen; else 0."""
+        for kind in kinds:
+            if spent := self._spent.get(kind):
+                return sum(spent) / len(spent)
+        return 0.0

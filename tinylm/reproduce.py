@@ -23,7 +23,7 @@ from tinylm.run import train
 
 ORDER = ("notebook", "causal", "modern")
 # Tokens whose loss is measured given a whole window before each: one window a token is slow.
-FULL_PREFIX_TOKENS = 8192
+FULL_PREFIX_TOKENS = 4096
 # Evaluated now and then while training. To hide the future from the notebook's model takes a
 # computation for each prefix length: more tokens would use up a good part of its minutes.
 EVAL_TOKENS = 8192

@@ -137,8 +137,9 @@ class Trainer:
         self._session_start = self._last_checkpoint = time.monotonic()
         before = self.state.elapsed
         if self.state.step == 0:
-            with self.eta.interruption("evaluation"):
-                self._evaluate()
+            # As precise, and as slow, as the last: this tells how long that will take.
+            with self.eta.interruption("first evaluation"):
+                self._evaluate(precise=True)
         with self._signals():
             while self.share < 1.0:
                 share = self.share
@@ -303,20 +304,21 @@ class Trainer:
 
     def seconds_left(self) -> float | None:
         """Until the run is evaluated on the whole validation split; None while unknown."""
-        config, share = self.config, self.share
-        steps = self.eta.steps(share)
-        over = {
-            "evaluation": self._times_left(config.eval_every, EVALUATIONS),
-            "sample": self._times_left(config.sample_every, SAMPLES),
-        }
+        config, share, eta = self.config, self.share, self.eta
+        steps = eta.steps(share)
+        evaluations = self._times_left(config.eval_every, EVALUATIONS)
+        samples = self._times_left(config.sample_every, SAMPLES)
         if config.minutes is not None:  # which the clock ends, whatever fills them
-            steps = config.minutes * 60 - self.state.elapsed
-            over = dict.fromkeys(over, 1.0 if share < 1.0 else 0.0)
+            steps = max(0.0, config.minutes * 60 - self.state.elapsed)
+            evaluations = samples = 1 if share < 1.0 else 0
+        if steps is None:
+            return None
         valid = len(self.dataset.valid)
-        over["evaluation"] += valid / min(config.eval_tokens, valid)
-        return None if steps is None else max(0.0, steps) + self.eta.interruptions(over)
+        last = eta.cost("first evaluation", "evaluation") * valid / min(config.eval_tokens, valid)
+        between = evaluations * eta.cost("evaluation", "first evaluation")
+        return steps + between + samples * eta.cost("sample") + last
 
-    def _times_left(self, every: int | None, times: int) -> float:
+    def _times_left(self, every: int | None, times: int) -> int:
         """How often something `_due` is still to come, the last time at the end of the run."""
         if every is None or self.total_steps is None or self.share >= 1.0:
             return times - math.floor(self.share * times)
@@ -326,15 +328,18 @@ class Trainer:
     def _unk_id(self) -> int | None:
         return self.dataset.tokenizer.unk_id
 
-    def _evaluate(self) -> None:
-        """Loss on a fixed part of the validation split; keeps the weights if they are the best."""
+    def _evaluate(self, precise: bool = False) -> None:
+        """Loss on a fixed part of the validation split; keeps the weights if they are the best.
+
+        Computed in the precision of training, or in fp32 if ``precise``.
+        """
         state = self.state
         options: dict[str, Any] = {
             "eos_id": self.dataset.tokenizer.eos_id,
             "unk_id": self._unk_id,
             "seq_len": self.config.seq_len,
             "limit": self.config.eval_tokens,
-            "device": self.device,
+            "device": None if precise else self.device,
         }
         totals = evaluate(self.model, self.dataset.valid.ids, **options)
         record = {"valid_loss": totals.loss, "valid_top1": totals.top1 / totals.tokens}
