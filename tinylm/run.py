@@ -10,7 +10,8 @@ from typing import Any
 from tinylm import __version__
 from tinylm.config import TrainConfig, config_from_dict
 from tinylm.data import Dataset, prepare
-from tinylm.device import choose_device
+from tinylm.device import Device, choose_device, determinism
+from tinylm.distributed import World, joined
 from tinylm.errors import InputError
 from tinylm.files import atomic_write, disk_errors, write_json
 from tinylm.lm import LanguageModel, load
@@ -19,7 +20,9 @@ from tinylm.report import evaluate_dataset, result_lines
 from tinylm.trainer import Trainer
 
 # Options that may differ when a run is resumed: they change what is seen, not what is learned.
-MAY_DIFFER = ("out", "log_every", "checkpoint_seconds", "keep_checkpoints")
+MAY_DIFFER = (
+    "out", "log_every", "checkpoint_seconds", "keep_checkpoints", "micro_batch_size", "on_nan",
+)  # fmt: skip
 
 
 def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> LanguageModel:
@@ -28,7 +31,8 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
     The run folder (``config.out``) then holds ``config.json``, ``tokenizer.json``,
     ``model.safetensors`` (the best on validation), ``metrics.jsonl``, ``eval.json``,
     ``samples.txt``, ``loss.png`` and ``checkpoints/``. Called again with the same configuration,
-    it goes on from the newest checkpoint, or returns the finished model at once.
+    it goes on from the newest checkpoint, or returns the finished model at once. Under
+    ``torchrun`` each process calls it and computes its share of every batch; rank 0 writes.
 
     Args:
         fresh: delete what the run folder holds and start again.
@@ -36,35 +40,51 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
 
     Raises:
         InputError: bad input, or the folder belongs to another configuration.
-        TrainingError: the loss is not finite, or memory ran out.
+        TrainingError: the loss is not finite, memory ran out, or another process has ended.
         tinylm.trainer.Interrupted: SIGINT or SIGTERM; everything has been saved.
     """
-    folder = Path(config.run_folder)
-    progress = TrainingProgress(quiet)
-    try:
-        device = choose_device(config.device, config.precision)
-        _check_folder(folder, config, fresh)
-        dataset = prepare(config.data, progress=not quiet)
-        vocab_size = dataset.tokenizer.vocab_size
-        requested, config = (
-            config,
-            replace(config, model=replace(config.model, vocab_size=vocab_size)),
-        )
-        # Built before anything is written: what cannot work leaves no folder behind.
-        trainer = Trainer(config, dataset, folder, device, progress)
-        _open_folder(folder, requested, config, dataset, fresh)
-        if (folder / "eval.json").exists():
-            progress.say(f"{folder} is already trained; --fresh trains it again")
-            return load(folder, device=config.device)
-        _introduce(trainer, progress)
-        if trainer.resume():
-            progress.say(f"resuming from the checkpoint of step {trainer.state.step:,}")
-        trainer.run()
-        progress.close()
+    with joined() as world, determinism(config.deterministic):
+        progress = TrainingProgress(quiet or not world.is_main)
+        try:
+            device = choose_device(world.device_name(config.device), config.precision)
+            trainer = world.main_first(
+                lambda: _begin(config, fresh and world.is_main, device, progress, world)
+            )
+            return _train(trainer, progress)
+        finally:
+            progress.close()
+
+
+def _begin(
+    requested: TrainConfig, fresh: bool, device: Device, progress: TrainingProgress, world: World
+) -> Trainer:
+    """Checks everything, prepares the data, and opens the run folder."""
+    folder = Path(requested.run_folder)
+    _check_folder(folder, requested, fresh)
+    dataset = prepare(requested.data, progress=not progress.quiet)
+    vocab_size = dataset.tokenizer.vocab_size
+    config = replace(requested, model=replace(requested.model, vocab_size=vocab_size))
+    # Built before anything is written: what cannot work leaves no folder behind.
+    trainer = Trainer(config, dataset, folder, device, progress, world)
+    _open_folder(folder, requested, config, dataset, fresh)
+    return trainer
+
+
+def _train(trainer: Trainer, progress: TrainingProgress) -> LanguageModel:
+    folder, world = trainer.folder, trainer.world
+    if (folder / "eval.json").exists():
+        progress.say(f"{folder} is already trained; --fresh trains it again")
+        return load(folder, device=trainer.device.name)
+    _introduce(trainer, progress)
+    if trainer.resume():
+        progress.say(f"resuming from the checkpoint of step {trainer.state.step:,}")
+    trainer.run()
+    progress.close()
+    if world.is_main:
         trainer.finish()
-        return _conclude(trainer, progress)
-    finally:
-        progress.close()
+        lm = _conclude(trainer, progress)
+    world.wait()
+    return lm if world.is_main else load(folder, device=trainer.device.name)
 
 
 def resume_config(folder: Path) -> TrainConfig:
@@ -161,6 +181,8 @@ def _introduce(trainer: Trainer, progress: TrainingProgress) -> None:
     else:
         length = f"{trainer.total_steps:,} steps"
     progress.say(f"length  {length}, {config.batch_size} windows of {config.seq_len} tokens a step")
+    if trainer.world.size > 1:
+        progress.say(f"shared  by {trainer.world.size} processes")
     if not config.model.causal:
         progress.say(
             "warning: this model has no causal mask. Each position sees the token it is to "
