@@ -10,6 +10,7 @@ from typing import Any
 from tinylm import __version__
 from tinylm.config import TrainConfig, config_from_dict
 from tinylm.data import Dataset, prepare
+from tinylm.data.cache import remove_leftovers
 from tinylm.device import Device, choose_device, determinism
 from tinylm.distributed import World, joined
 from tinylm.errors import InputError
@@ -144,6 +145,8 @@ def _open_folder(
                 raise InputError(f"{folder} is not a run folder; it is not deleted")
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "checkpoints"):
+            remove_leftovers(place)
     if (folder / "config.json").exists():
         known = _read_config(folder / "config.json")["data"]
         if known["sources"] != dataset.meta["sources"]:

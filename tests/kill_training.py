@@ -1,0 +1,131 @@
+"""Kills a training run again and again, and compares what it becomes with one left in peace.
+
+    python tests/kill_training.py --kills 50
+
+Each run is killed (SIGKILL) at random moments, from the preparation of its data to its last
+evaluation, and started again with the same configuration until it ends. Then last and best
+weights, optimizer state, losses, samples and evaluation have to be those of the undisturbed run,
+bit for bit, and no temporary file may be left. Needs `os.fork`.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process cannot use its parent's threads
+
+from conftest import SMALL, make_documents, write_jsonl
+from runs import assert_same_run
+
+from tinylm.config import TrainConfig
+from tinylm.run import train
+
+# A checkpoint after every step: many kills hit one that is being written.
+OPTIONS = SMALL | {"steps": 80, "checkpoint_seconds": 1e-9, "log_every": 1, "eval_every": 9}
+PRESETS: list[dict[str, Any]] = [
+    {"preset": "modern"},
+    {"preset": "modern", "optimizer": "adamw", "micro_batch_size": 2},
+    {"preset": "causal", "n_layers": None},
+    {"preset": "notebook", "n_layers": None, "max_seq_len": None},
+]
+
+
+def start(config: TrainConfig, cache: Path) -> int:
+    """Trains in a process of its own, which has its imports behind it; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.environ["TINYLM_CACHE"] = str(cache)
+    code = 1
+    try:
+        train(config, quiet=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def finished(config: TrainConfig, cache: Path) -> float:
+    """Trains undisturbed; returns the seconds it took."""
+    began = time.monotonic()
+    status = os.waitpid(start(config, cache), 0)[1]
+    assert status == 0, f"ended with status {status}"
+    return time.monotonic() - began
+
+
+def phase(folder: Path) -> str:
+    """What a run was doing when it was killed, by what it left."""
+    if list(folder.rglob(".*.tmp")):
+        return "writing a file"
+    if not (folder / "config.json").exists():
+        return "preparing"
+    if not list(folder.glob("checkpoints/step-*")):
+        return "beginning"
+    ended = (folder / "loss.png").exists()
+    return "evaluating at the end" if ended else "starting again or training"
+
+
+def kill_until_finished(
+    config: TrainConfig, cache: Path, longest: float, kills: int, generator: random.Random
+) -> Counter[str]:
+    """Trains with at most ``kills`` kills, each after up to ``longest`` seconds of life."""
+    folder, hits = Path(config.out), Counter[str]()
+    while not (folder / "eval.json").exists():
+        pid = start(config, cache)
+        if hits.total() < kills:
+            time.sleep(generator.uniform(0, longest))
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                hits[phase(folder)] += 1
+            continue
+        status = os.waitpid(pid, 0)[1]
+        assert status == 0, f"ended with status {status}"
+    left = [str(path) for path in folder.rglob(".*.tmp")]
+    assert not left, left
+    return hits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50, help="in all (default 50)")
+    parser.add_argument("--per-run", type=int, default=12, help="kills of one run (default 12)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    generator, hits, runs = random.Random(arguments.seed), Counter[str](), 0
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        data = write_jsonl(work / "corpus.jsonl", make_documents(200))
+        peaceful: dict[int, float] = {}
+        while hits.total() < arguments.kills:
+            which = runs % len(PRESETS)
+            options = OPTIONS | {"data": str(data)} | PRESETS[which]
+            preset = options.pop("preset")
+            whole = TrainConfig.from_preset(preset, out=str(work / f"whole{which}"), **options)
+            if which not in peaceful:
+                peaceful[which] = finished(whole, work / "cache")
+            cut = TrainConfig.from_preset(preset, out=str(work / f"cut{runs}"), **options)
+            most = min(arguments.per_run, arguments.kills - hits.total())
+            longest = 2.5 * peaceful[which] / arguments.per_run
+            new = kill_until_finished(cut, work / f"cache{runs}", longest, most, generator)
+            assert_same_run(Path(whole.out), Path(cut.out))
+            hits, runs = hits + new, runs + 1
+            print(
+                f"run {runs} ({preset}): {new.total()} kills, the same to the last bit", flush=True
+            )
+    print(f"{hits.total()} kills of {runs} runs: {dict(hits)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
