@@ -11,6 +11,7 @@ bit for bit, and no temporary file may be left. Needs `os.fork`.
 import argparse
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -28,13 +29,13 @@ from runs import assert_same_run
 from tinylm.config import TrainConfig
 from tinylm.run import train
 
-# A checkpoint after every step: many kills hit one that is being written.
-OPTIONS = SMALL | {"steps": 80, "checkpoint_seconds": 1e-9, "log_every": 1, "eval_every": 9}
+OPTIONS = SMALL | {"steps": 80, "log_every": 1, "eval_every": 9}
+EVERY_STEP = 1e-9  # seconds between checkpoints: many kills hit one that is being written
 PRESETS: list[dict[str, Any]] = [
-    {"preset": "modern"},
-    {"preset": "modern", "optimizer": "adamw", "micro_batch_size": 2},
-    {"preset": "causal", "n_layers": None},
-    {"preset": "notebook", "n_layers": None, "max_seq_len": None},
+    {"preset": "modern", "checkpoint_seconds": EVERY_STEP},
+    {"preset": "modern", "checkpoint_seconds": 0.1, "optimizer": "adamw", "micro_batch_size": 2},
+    {"preset": "causal", "checkpoint_seconds": 0.05, "n_layers": None},
+    {"preset": "notebook", "checkpoint_seconds": EVERY_STEP, "n_layers": None, "max_seq_len": None},
 ]
 
 
@@ -63,8 +64,8 @@ def finished(config: TrainConfig, cache: Path) -> float:
 
 def phase(folder: Path) -> str:
     """What a run was doing when it was killed, by what it left."""
-    if list(folder.rglob(".*.tmp")):
-        return "writing a file"
+    for path in folder.rglob(".*.tmp"):
+        return "writing " + re.sub(r"^\.(.*)\.\w+\.tmp$|\d+", r"\1", path.name)
     if not (folder / "config.json").exists():
         return "preparing"
     if not list(folder.glob("checkpoints/step-*")):
@@ -95,9 +96,7 @@ def kill_until_finished(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="in all (default 50)")
     parser.add_argument("--per-run", type=int, default=12, help="kills of one run (default 12)")
     parser.add_argument("--seed", type=int, default=0)
@@ -120,9 +119,7 @@ def main() -> int:
             new = kill_until_finished(cut, work / f"cache{runs}", longest, most, generator)
             assert_same_run(Path(whole.out), Path(cut.out))
             hits, runs = hits + new, runs + 1
-            print(
-                f"run {runs} ({preset}): {new.total()} kills, the same to the last bit", flush=True
-            )
+            print(f"run {runs}, {preset}: {new.total()} kills, the same bits", flush=True)
     print(f"{hits.total()} kills of {runs} runs: {dict(hits)}")
     return 0
 

@@ -67,7 +67,8 @@ def _begin(
     config = replace(requested, model=replace(requested.model, vocab_size=vocab_size))
     # Built before anything is written: what cannot work leaves no folder behind.
     trainer = Trainer(config, dataset, folder, device, progress, world)
-    _open_folder(folder, requested, config, dataset, fresh)
+    if world.is_main:
+        _open_folder(folder, requested, config, dataset, fresh)
     return trainer
 
 
