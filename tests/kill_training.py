@@ -65,7 +65,7 @@ def finished(config: TrainConfig, cache: Path) -> float:
 def phase(folder: Path) -> str:
     """What a run was doing when it was killed, by what it left."""
     for path in folder.rglob(".*.tmp"):
-        return "writing " + re.sub(r"^\.(.*)\.\w+\.tmp$|\d+", r"\1", path.name)
+        return "writing " + re.sub(r"\d+", "N", path.name[1:].rsplit(".", 2)[0])
     if not (folder / "config.json").exists():
         return "preparing"
     if not list(folder.glob("checkpoints/step-*")):
@@ -74,18 +74,42 @@ def phase(folder: Path) -> str:
     return "evaluating at the end" if ended else "starting again or training"
 
 
+def records(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def wait_and_kill(pid: int, folder: Path, longest: float, generator: random.Random) -> bool:
+    """Kills the run after up to ``longest`` seconds: of its life, or of what it trains in it."""
+    before = records(folder)
+    if generator.random() < 0.7:
+        while records(folder) <= before:
+            if has_ended(pid):
+                return False
+            time.sleep(0.002)
+    time.sleep(generator.uniform(0, longest))
+    if has_ended(pid):
+        return False
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def has_ended(pid: int) -> bool:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    assert status == 0, f"ended with status {status}"
+    return ended == pid
+
+
 def kill_until_finished(
     config: TrainConfig, cache: Path, longest: float, kills: int, generator: random.Random
 ) -> Counter[str]:
-    """Trains with at most ``kills`` kills, each after up to ``longest`` seconds of life."""
+    """Trains with at most ``kills`` kills; returns what each hit."""
     folder, hits = Path(config.out), Counter[str]()
     while not (folder / "eval.json").exists():
         pid = start(config, cache)
         if hits.total() < kills:
-            time.sleep(generator.uniform(0, longest))
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+            if wait_and_kill(pid, folder, longest, generator):
                 hits[phase(folder)] += 1
             continue
         status = os.waitpid(pid, 0)[1]
@@ -106,6 +130,11 @@ def main() -> int:
         work = Path(name)
         data = write_jsonl(work / "corpus.jsonl", make_documents(200))
         peaceful: dict[int, float] = {}
+        # Once here, so that those killed need not import anything.
+        train(
+            TrainConfig.from_preset(data=str(data), out=str(work / "first"), **SMALL, steps=2),
+            quiet=True,
+        )
         while hits.total() < arguments.kills:
             which = runs % len(PRESETS)
             options = OPTIONS | {"data": str(data)} | PRESETS[which]
@@ -115,7 +144,7 @@ def main() -> int:
                 peaceful[which] = finished(whole, work / "cache")
             cut = TrainConfig.from_preset(preset, out=str(work / f"cut{runs}"), **options)
             most = min(arguments.per_run, arguments.kills - hits.total())
-            longest = 2.5 * peaceful[which] / arguments.per_run
+            longest = 2 * peaceful[which] / arguments.per_run
             new = kill_until_finished(cut, work / f"cache{runs}", longest, most, generator)
             assert_same_run(Path(whole.out), Path(cut.out))
             hits, runs = hits + new, runs + 1

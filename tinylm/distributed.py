@@ -6,13 +6,14 @@ DistributedDataParallel averages. Only rank 0 prepares data, evaluates and write
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinylm.errors import InputError, TrainingError
 
@@ -97,8 +98,8 @@ class World:
             self._sum([0.0])
 
     def mean(self, value: float) -> float:
-        """Of the values that the processes have."""
-        return value if self.size == 1 else self._sum([value])[0] / self.size
+        """Of the fp32 values that the processes have, in fp32."""
+        return value if self.size == 1 else self._sum([value], wide=False)[0] / self.size
 
     def agree(self, elapsed: float, stop: int | None) -> tuple[float, int | None]:
         """Rank 0's clock, and a signal that any process was sent: the same for all.
@@ -113,11 +114,11 @@ class World:
         )
         return elapsed, next((n for n, sent in enumerate(signals, 1) if sent), None)
 
-    def _sum(self, values: list[float]) -> list[float]:
+    def _sum(self, values: list[float], wide: bool = True) -> list[float]:
         import torch
         import torch.distributed as dist
 
-        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.tensor(values, dtype=torch.float64 if wide else torch.float32)
         with peer_errors(self):
             dist.all_reduce(total)
         out: list[float] = total.tolist()
@@ -160,7 +161,11 @@ def _parallel(model: Transformer) -> DistributedDataParallel:
         def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
             return self.model.loss(x_BT, y_BT)
 
-    return DistributedDataParallel(Loss(), broadcast_buffers=False)
+    # The model's buffers are constants; torch 2.13 has given this option another name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    option: dict[str, Any] = {name: False}
+    return DistributedDataParallel(Loss(), **option)
 
 
 def is_main() -> bool:

@@ -21,14 +21,15 @@ def window_bytes(model: ModelConfig, seq_len: int, value_bytes: int, scores: boo
         value_bytes: 4 in fp32, 2 in bf16 and fp16.
         scores: whether attention keeps its T × T weights, as plain matrix products do.
     """
-    C, F = model.d_model, model.d_ff * (3 if model.activation == "swiglu" else 1)
-    queries = 1 if model.kv_heads == model.n_heads else model.n_heads // model.kv_heads
-    # In fp32, the residual stream twice; in the working precision: two normalised inputs, queries,
-    # keys and values before and after norm and rotation, attention's output, the hidden layer.
-    per_token = 2 * 4 * C + value_bytes * (2 * C + 3 * 3 * C * queries + C + 2 * F)
-    per_layer = seq_len * per_token
+    C, F = model.d_model, model.d_ff
+    # In fp32, the residual stream twice; in the working precision two normalised inputs, the
+    # attention's output, queries, keys and values, those again for each thing done to them, and
+    # the hidden layer.
+    heads = 3 + 2 * model.qk_norm + 2 * (model.positions == "rope")
+    hidden = 4 if model.activation == "swiglu" else 1
+    per_layer = seq_len * (2 * 4 * C + value_bytes * ((3 + heads) * C + hidden * F))
     if scores:
-        per_layer += 2 * 4 * model.n_heads * seq_len * seq_len
+        per_layer += (4 + value_bytes % 4) * model.n_heads * seq_len * seq_len
     return model.n_layers * per_layer + seq_len * 3 * 4 * C
 
 

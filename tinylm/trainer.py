@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -185,16 +185,6 @@ class Trainer:
             Interrupted: after SIGINT or SIGTERM, with everything saved.
             TrainingError: the loss is not finite, memory ran out, or another process has ended.
         """
-        try:
-            self._run()
-        except PeerError as error:
-            self.save_checkpoint()  # of the last step that all finished
-            raise PeerError(
-                f"{error} at step {self.state.step + 1:,}; {self._saved()}, and the same command "
-                "goes on from there"
-            ) from error
-
-    def _run(self) -> None:
         self._session_start = self._last_checkpoint = time.monotonic()
         self._session_share = self.share
         before = self.state.elapsed
@@ -203,15 +193,26 @@ class Trainer:
         with self._signals():
             while self.share < 1.0:
                 share = self.share
-                self._train_step(share)
-                elapsed = before + time.monotonic() - self._session_start
-                self.state.elapsed, stop = self.world.agree(elapsed, self._stop)
+                try:
+                    self._train_step(share)
+                    elapsed = before + time.monotonic() - self._session_start
+                    self.state.elapsed, stop = self.world.agree(elapsed, self._stop)
+                except PeerError as error:
+                    self._left_alone(error)
                 if self.world.is_main:
                     self._after_step(share)
                 if stop is not None and self.share < 1.0:
                     self.save_checkpoint()
                     raise Interrupted(stop, self.state.step)
             self.save_checkpoint()
+
+    def _left_alone(self, error: PeerError) -> NoReturn:
+        """Saves the last step that all processes finished, and gives up."""
+        self.save_checkpoint()
+        raise PeerError(
+            f"{error} at step {self.state.step + 1:,}; {self._saved()}, and the same command "
+            "goes on from there"
+        ) from error
 
     def _train_step(self, share: float) -> None:
         config, state = self.config, self.state
@@ -433,6 +434,11 @@ class Trainer:
         old: dict[int, Any] = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except PeerError:
+            # torchrun sends SIGTERM to those that are left; they end anyway, and say why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            del old[signal.SIGTERM]
+            raise
         finally:
             for signum, handler in old.items():
                 signal.signal(signum, handler)
