@@ -184,7 +184,14 @@ class Trainer:
         Raises:
             Interrupted: after SIGINT or SIGTERM, with everything saved.
             TrainingError: the loss is not finite, memory ran out, or another process has ended.
+            InputError: the disk is full or not writable; what was saved is untouched.
         """
+        try:
+            self._loop()
+        except InputError as error:
+            raise InputError(f"{error}; {self._saved()}") from error
+
+    def _loop(self) -> None:
         self._session_start = self._last_checkpoint = time.monotonic()
         self._session_share = self.share
         before = self.state.elapsed
@@ -408,10 +415,7 @@ class Trainer:
             "loss_scale": vars(self.step.scale),
             "conditions": self._conditions(),
         }
-        try:
-            self.checkpoints.save(Checkpoint(self.state.step, tensors, state))
-        except InputError as error:
-            raise InputError(f"{error}; {self._saved()}") from error
+        self.checkpoints.save(Checkpoint(self.state.step, tensors, state))
         self._last_checkpoint = time.monotonic()
 
     def finish(self) -> None:
