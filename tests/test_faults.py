@@ -25,7 +25,8 @@ from tinylm.device import conditions
 from tinylm.errors import InputError, TrainingError
 from tinylm.run import resume_config, train
 from tinylm.step import Outcome, TrainStep
-from tinylm.trainer import MOST_SKIPPED, Trainer
+from tinylm.trainer import Trainer
+from tinylm.watch import MOST_SKIPPED
 
 MakeConfig = Callable[..., TrainConfig]
 ALWAYS = 1e-9  # seconds between checkpoints: one after every step
@@ -64,7 +65,7 @@ def test_nan_skips_the_step_if_asked_and_says_so(
     said = capfd.readouterr().err
     assert said.count("this step is skipped") == 4
     assert "gradient is not finite at step 7 " in said
-    assert [r["step"] for r in records(tmp_path / "run", "skipped")] == [0, 5, 6, 11]
+    assert [r["step"] for r in records(tmp_path / "run", "skipped")] == [1, 6, 7, 12]
     assert records(tmp_path / "run", "loss")[-1]["step"] == 20
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text.replace("nan", "")  # which is no JSON

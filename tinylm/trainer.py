@@ -2,10 +2,8 @@
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,14 +24,13 @@ from tinylm.metrics import MetricsFile, plot_loss, write_samples
 from tinylm.model import Transformer
 from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
+from tinylm.signals import stop_requests
 from tinylm.step import LossScale, Outcome, TrainStep
+from tinylm.watch import Watch
 
 EVALUATIONS = 20  # in a run, unless eval_every says otherwise
 SAMPLE_TOKENS = 40
 SAMPLE_PROMPTS = 3
-SPIKE = 2.0  # nats above the usual loss that count as a loss spike
-USUAL = 0.98  # of the running mean that is the usual loss, what each step leaves
-MOST_SKIPPED = 10  # steps in a row without a finite gradient: the run is beyond help
 
 
 class Interrupted(Exception):
@@ -57,10 +54,6 @@ class Progress:
     loss_count: int = 0
     epoch_sum: float = 0.0  # since the epoch began
     epoch_count: int = 0
-    usual_loss: float | None = None  # a running mean
-    spiking: bool = False
-    skipped: int = 0  # steps in a row that were not finite, the last of them
-    skipped_until: int = 0  # before this one
 
 
 class Trainer:
@@ -93,9 +86,8 @@ class Trainer:
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.keep_checkpoints)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.total_steps = self._total_steps()
-        self.state = Progress()
+        self.state, self.watch = Progress(), Watch()
         self._last: dict[str, float] = {}  # what the newest record says
-        self._stop: int | None = None
         self._session_start = self._last_checkpoint = time.monotonic()
         self._session_share = 0.0
 
@@ -138,6 +130,7 @@ class Trainer:
         try:
             self._check_conditions(state.pop("conditions"))
             self.step.scale = LossScale(**state.pop("loss_scale"))
+            self.watch = Watch(**state.pop("watch"))
             self.state = Progress(**state)
         except (KeyError, TypeError) as error:
             raise InputError(
@@ -155,14 +148,11 @@ class Trainer:
 
     def _check_conditions(self, there: dict[str, Any]) -> None:
         here = self._conditions()
-        differences = [
-            f"{k} is {there.get(k)} there and {v} here"
-            for k, v in here.items()
-            if there.get(k) != v
-        ]
-        if not differences:
+        different = [k for k, v in here.items() if there.get(k) != v]
+        if not different:
             return
-        text = f"the checkpoint was made under other conditions ({'; '.join(differences)})"
+        listed = "; ".join(f"{k} is {there.get(k)} there and {here[k]} here" for k in different)
+        text = f"the checkpoint was made under other conditions ({listed})"
         if self.config.deterministic:
             raise InputError(
                 f"{text}, and a deterministic run has to go on as it began; OMP_NUM_THREADS sets "
@@ -197,13 +187,13 @@ class Trainer:
         before = self.state.elapsed
         if self.world.is_main and math.isinf(self.state.best_loss):
             self._evaluate()
-        with self._signals():
+        with stop_requests(self.progress.say) as request:
             while self.share < 1.0:
                 share = self.share
                 try:
                     self._train_step(share)
                     elapsed = before + time.monotonic() - self._session_start
-                    self.state.elapsed, stop = self.world.agree(elapsed, self._stop)
+                    self.state.elapsed, stop = self.world.agree(elapsed, request.signum)
                 except PeerError as error:
                     self._left_alone(error)
                 if self.world.is_main:
@@ -242,32 +232,28 @@ class Trainer:
         state.loss_count += 1
         state.epoch_sum += loss
         state.epoch_count += 1
-        usual = loss if state.usual_loss is None else state.usual_loss
-        spiking = loss > usual + SPIKE
-        if spiking and not state.spiking and self.world.is_main:
+        usual = self.watch.spike(loss)
+        if usual is not None and self.world.is_main:
             self.progress.say(
                 f"loss spike at step {state.step:,}: {loss:.3f} where {usual:.3f} was usual"
             )
             self.metrics.append(self._stamp() | {"spike": loss, "usual_loss": usual})
-        state.spiking = spiking
-        state.usual_loss = USUAL * usual + (1 - USUAL) * loss
 
     def _not_finite(self, outcome: Outcome) -> None:
         """Stops, or lets the run go on without the step that failed, as configured."""
-        state = self.state
-        state.skipped = state.skipped + 1 if state.step == state.skipped_until else 1
-        state.skipped_until = state.step + 1
+        step = self.state.step + 1
         what = (
-            f"the loss or its gradient is not finite at step {state.step + 1:,} "
+            f"the loss or its gradient is not finite at step {step:,} "
             f"(loss {outcome.loss}, gradient norm {outcome.grad_norm})"
         )
-        if self.config.on_nan == "skip" and state.skipped <= MOST_SKIPPED:
+        bearable = self.watch.skip(step)
+        if self.config.on_nan == "skip" and bearable:
             if self.world.is_main:
                 self.progress.say(f"{what}: this step is skipped")
-                self.metrics.append(self._stamp() | {"skipped": what})
+                self.metrics.append(self._stamp() | {"step": step, "skipped": what})
             return
-        if state.skipped > 1:
-            what += f", after {state.skipped - 1} skipped in a row"
+        if not bearable:
+            what += f", after {self.watch.skipped - 1} skipped in a row"
         # This step changed nothing: what the weights have learned is still good.
         self.save_checkpoint()
         raise TrainingError(
@@ -334,7 +320,7 @@ class Trainer:
 
     def _show(self) -> None:
         state = self.state
-        mean = state.loss_sum / state.loss_count if state.loss_count else state.usual_loss
+        mean = state.loss_sum / state.loss_count if state.loss_count else self.watch.usual_loss
         figures = {
             "step": f"{state.step:,}" + (f"/{self.total_steps:,}" if self.total_steps else ""),
             "loss": "-" if mean is None else f"{mean:.3f}",
@@ -413,6 +399,7 @@ class Trainer:
         tensors |= {f"optim.{n}": t for n, t in self.optimizer.state_tensors().items()}
         state = vars(self.state) | {
             "loss_scale": vars(self.step.scale),
+            "watch": vars(self.watch),
             "conditions": self._conditions(),
         }
         self.checkpoints.save(Checkpoint(self.state.step, tensors, state))
@@ -422,27 +409,3 @@ class Trainer:
         """Draws the plot; the weights kept are the best, not the last."""
         title = f"{self.config.preset}: {self.model.parameter_count():,} parameters"
         plot_loss(self.metrics, self.folder / "loss.png", title)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Lets SIGINT and SIGTERM ask for a stop after the present step; a second one is obeyed."""
-
-        def ask(signum: int, frame: object) -> None:
-            self._stop = signum
-            signal.signal(signum, old[signum])
-            self.progress.say("stopping after this step; once more to stop at once")
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old: dict[int, Any] = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        except PeerError:
-            # torchrun sends SIGTERM to those that are left; they end anyway, and say why.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            del old[signal.SIGTERM]
-            raise
-        finally:
-            for signum, handler in old.items():
-                signal.signal(signum, handler)
