@@ -18,9 +18,11 @@ import torch
 from runs import assert_same_run, records, weights
 
 from tinylm import cli, files
+from tinylm import run as run_module
 from tinylm import trainer as trainer_module
 from tinylm.checkpoint import CheckpointFolder
 from tinylm.config import TrainConfig
+from tinylm.data.cache import locked
 from tinylm.device import conditions
 from tinylm.errors import InputError, TrainingError
 from tinylm.run import resume_config, train
@@ -219,6 +221,41 @@ def test_a_checkpoint_of_another_version_is_told(
     folder.save(checkpoint)
     with pytest.raises(InputError, match="another version of tinylm"):
         train(small_run(), quiet=True)
+
+
+def test_a_run_killed_while_its_folder_is_opened_goes_on(
+    small_run: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plain = tmp_path / "run", run_module._write_beginning
+
+    class Killed(BaseException):
+        pass
+
+    def cut_short(*args: Any) -> None:
+        plain(*args)
+        (folder / "config.json").unlink()
+        (folder / ".config.json.abc.tmp").write_text("{")
+        raise Killed
+
+    for fresh in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "_write_beginning", cut_short)
+            with pytest.raises(Killed):
+                train(small_run(steps=2), quiet=True, fresh=fresh)
+        assert {p.name for p in folder.iterdir()} >= {".config.json.abc.tmp", "tokenizer.json"}
+        train(small_run(steps=2), quiet=True, fresh=fresh)
+        assert not list(folder.rglob(".*.tmp"))
+
+
+def test_two_runs_cannot_share_a_folder(small_run: MakeConfig, tmp_path: Path) -> None:
+    train(small_run(steps=2), quiet=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with locked(tmp_path / "run" / "checkpoints"):
+        for fresh in (False, True):
+            with pytest.raises(InputError, match="another process is at work in"):
+                train(small_run(steps=2), quiet=True, fresh=fresh)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    train(small_run(steps=2), quiet=True, fresh=True)
 
 
 # --- the machine ---------------------------------------------------------------------------------

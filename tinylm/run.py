@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from tinylm import __version__
 from tinylm.config import TrainConfig, config_from_dict
 from tinylm.data import Dataset, prepare
-from tinylm.data.cache import remove_leftovers
+from tinylm.data.cache import LOCK_NAME, locked, remove_leftovers
 from tinylm.device import Device, choose_device, determinism
 from tinylm.distributed import World, joined
 from tinylm.errors import InputError
@@ -20,6 +22,7 @@ from tinylm.progress import TrainingProgress, duration
 from tinylm.report import evaluate_dataset, result_lines
 from tinylm.trainer import Trainer
 
+CHECKPOINTS = "checkpoints"
 # Options that may differ when a run is resumed: they change what is seen, not what is learned.
 MAY_DIFFER = (
     "out", "log_every", "checkpoint_seconds", "keep_checkpoints", "micro_batch_size", "on_nan",
@@ -44,12 +47,12 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
         TrainingError: the loss is not finite, memory ran out, or another process has ended.
         tinylm.trainer.Interrupted: SIGINT or SIGTERM; everything has been saved.
     """
-    with joined() as world, determinism(config.deterministic):
+    with joined() as world, determinism(config.deterministic), ExitStack() as held:
         progress = TrainingProgress(quiet or not world.is_main)
         try:
             device = choose_device(world.device_name(config.device), config.precision)
             trainer = world.main_first(
-                lambda: _begin(config, fresh and world.is_main, device, progress, world)
+                lambda: _begin(config, fresh and world.is_main, device, progress, world, held)
             )
             return _train(trainer, progress)
         finally:
@@ -57,9 +60,14 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
 
 
 def _begin(
-    requested: TrainConfig, fresh: bool, device: Device, progress: TrainingProgress, world: World
+    requested: TrainConfig,
+    fresh: bool,
+    device: Device,
+    progress: TrainingProgress,
+    world: World,
+    held: ExitStack,
 ) -> Trainer:
-    """Checks everything, prepares the data, and opens the run folder."""
+    """Checks everything, prepares the data, and opens the run folder, which is ``held`` then."""
     folder = Path(requested.run_folder)
     _check_folder(folder, requested, fresh)
     dataset = prepare(requested.data, progress=not progress.quiet)
@@ -68,7 +76,7 @@ def _begin(
     # Built before anything is written: what cannot work leaves no folder behind.
     trainer = Trainer(config, dataset, folder, device, progress, world)
     if world.is_main:
-        _open_folder(folder, requested, config, dataset, fresh)
+        held.enter_context(_opened_folder(folder, requested, config, dataset, fresh))
     return trainer
 
 
@@ -113,7 +121,7 @@ def _check_folder(folder: Path, config: TrainConfig, fresh: bool) -> None:
         raise InputError(f"{folder} is a file; choose another --out")
     path = folder / "config.json"
     if not path.exists():
-        if any(folder.iterdir()):
+        if _is_foreign(folder):
             raise InputError(f"{folder} holds files but is not a run folder; choose another --out")
         return
     differences = _differences(
@@ -127,6 +135,15 @@ def _check_folder(folder: Path, config: TrainConfig, fresh: bool) -> None:
         )
 
 
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds files, but no run's.
+
+    A run's first file is its lock, so that one killed before its ``config.json`` is known too.
+    """
+    ours = (folder / "config.json").exists() or (folder / CHECKPOINTS / LOCK_NAME).exists()
+    return not ours and any(not path.is_dir() for path in folder.rglob("*"))
+
+
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     out = []
     for name, value in here.items():
@@ -137,17 +154,30 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return out
 
 
-def _open_folder(
+@contextmanager
+def _opened_folder(
     folder: Path, requested: TrainConfig, config: TrainConfig, dataset: Dataset, fresh: bool
-) -> None:
+) -> Iterator[None]:
+    """The run folder with all that is known before training, for this process alone."""
+    checkpoints = folder / CHECKPOINTS
     with disk_errors(folder):
         if fresh and folder.exists():
-            if not (folder / "config.json").exists() and any(folder.iterdir()):
+            if _is_foreign(folder):
                 raise InputError(f"{folder} is not a run folder; it is not deleted")
+            with locked(checkpoints, wait=False):  # nobody trains there
+                pass
             shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder / "checkpoints"):
-            remove_leftovers(place)
+    with locked(checkpoints, wait=False):
+        with disk_errors(folder):
+            remove_leftovers(folder)
+            remove_leftovers(checkpoints)
+        _write_beginning(folder, requested, config, dataset)
+        yield
+
+
+def _write_beginning(
+    folder: Path, requested: TrainConfig, config: TrainConfig, dataset: Dataset
+) -> None:
     if (folder / "config.json").exists():
         known = _read_config(folder / "config.json")["data"]
         if known["sources"] != dataset.meta["sources"]:
