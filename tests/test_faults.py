@@ -247,6 +247,34 @@ def test_a_run_killed_while_its_folder_is_opened_goes_on(
         assert not list(folder.rglob(".*.tmp"))
 
 
+def test_a_run_killed_while_it_is_replaced_goes_on(
+    small_run: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its configuration is gone, and after."""
+    folder, plain = tmp_path / "run", Path.unlink
+    train(small_run(steps=4, out=str(tmp_path / "whole")), quiet=True)
+
+    class Killed(BaseException):
+        pass
+
+    for survived in (1, 5):
+        train(small_run(steps=3, seed=1), quiet=True, fresh=True)
+        (folder / "notes").mkdir()
+        left = iter(range(survived))
+
+        def unlink(path: Path, missing_ok: bool = False, left: Iterator[int] = left) -> None:
+            if path.is_relative_to(folder) and next(left, None) is None:
+                raise Killed
+            plain(path, missing_ok)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            with pytest.raises(Killed):
+                train(small_run(steps=4), quiet=True, fresh=True)
+        train(small_run(steps=4), quiet=True, fresh=(folder / "config.json").exists())
+        assert_same_run(tmp_path / "whole", folder)
+
+
 def test_two_runs_cannot_share_a_folder(small_run: MakeConfig, tmp_path: Path) -> None:
     train(small_run(steps=2), quiet=True)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()

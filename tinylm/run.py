@@ -160,19 +160,29 @@ def _opened_folder(
 ) -> Iterator[None]:
     """The run folder with all that is known before training, for this process alone."""
     checkpoints = folder / CHECKPOINTS
-    with disk_errors(folder):
-        if fresh and folder.exists():
-            if _is_foreign(folder):
-                raise InputError(f"{folder} is not a run folder; it is not deleted")
-            with locked(checkpoints, wait=False):  # nobody trains there
-                pass
-            shutil.rmtree(folder)
+    if fresh and folder.exists() and _is_foreign(folder):
+        raise InputError(f"{folder} is not a run folder; it is not deleted")
     with locked(checkpoints, wait=False):
         with disk_errors(folder):
+            if fresh:
+                _clear(folder)
             remove_leftovers(folder)
             remove_leftovers(checkpoints)
         _write_beginning(folder, requested, config, dataset)
         yield
+
+
+def _clear(folder: Path) -> None:
+    """Deletes a run but for its lock; what a kill leaves of it is a run that has not begun."""
+    for path in [folder / "eval.json", *(folder / CHECKPOINTS).glob("step-*")]:
+        path.unlink(missing_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if path.name != CHECKPOINTS:
+                shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _write_beginning(
