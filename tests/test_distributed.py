@@ -56,11 +56,17 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 EXCHANGE = """
 import signal, sys
 from tinylm.distributed import joined
+from tinylm.errors import InputError
 with joined() as world:
     assert world.size == 2
     assert world.mean(float(world.rank)) == 0.5
     assert world.agree(7.5 + world.rank, None) == (7.5, None)
     assert world.agree(1.0, signal.SIGINT if world.rank else None) == (1.0, signal.SIGINT)
+    world.require_same("height", 7)
+    try:
+        world.require_same("age", world.rank)
+    except InputError as error:
+        assert "as age, others do not" in str(error)
     order = world.main_first(lambda: world.rank)
     assert order == world.rank
     print("exchanged", flush=True)

@@ -139,9 +139,10 @@ def test_a_folder_of_another_configuration_is_refused(
     for fresh in (False, True):
         with pytest.raises(InputError, match="is not a run folder"):
             train(small_run(out=str(tmp_path / "other")), quiet=True, fresh=fresh)
+        with pytest.raises(InputError, match="is a file"):
+            file = str(tmp_path / "other" / "thesis.txt")
+            train(small_run(out=file), quiet=True, fresh=fresh)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
-    with pytest.raises(InputError, match="is a file"):
-        train(small_run(out=str(tmp_path / "other" / "thesis.txt")), quiet=True)
 
 
 def test_changed_data_are_noticed(small_run: MakeConfig, corpus: Path) -> None:

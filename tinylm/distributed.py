@@ -114,6 +114,14 @@ class World:
         )
         return elapsed, next((n for n, sent in enumerate(signals, 1) if sent), None)
 
+    def require_same(self, what: str, value: int) -> None:
+        """Raises `InputError` where the processes do not all find the same ``value``."""
+        if self.size > 1 and self._sum([float(value)])[0] != self.size * value:
+            raise InputError(
+                f"rank {self.rank} finds {value} as {what}, others do not; the run folder has to "
+                "be one that all processes share"
+            )
+
     def _sum(self, values: list[float], wide: bool = True) -> list[float]:
         import torch
         import torch.distributed as dist

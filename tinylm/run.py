@@ -88,6 +88,7 @@ def _train(trainer: Trainer, progress: TrainingProgress) -> LanguageModel:
     _introduce(trainer, progress)
     if trainer.resume():
         progress.say(f"resuming from the checkpoint of step {trainer.state.step:,}")
+    world.require_same("step of the newest checkpoint", trainer.state.step)
     trainer.run()
     progress.close()
     if world.is_main:
@@ -115,10 +116,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_folder(folder: Path, config: TrainConfig, fresh: bool) -> None:
     """Refuses, before any work, a folder that another configuration made."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --out")
     if fresh or not folder.exists():
         return
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose another --out")
     path = folder / "config.json"
     if not path.exists():
         if _is_foreign(folder):

@@ -206,9 +206,10 @@ class Trainer:
     def _left_alone(self, error: PeerError) -> NoReturn:
         """Saves the last step that all processes finished, and gives up."""
         self.save_checkpoint()
+        saved = self._saved() if self.world.is_main else "rank 0 saves, if it can"
         raise PeerError(
-            f"{error} at step {self.state.step + 1:,}; {self._saved()}, and the same command "
-            "goes on from there"
+            f"{error} at step {self.state.step + 1:,}; {saved}, and the same command goes on from "
+            "there"
         ) from error
 
     def _train_step(self, share: float) -> None:
@@ -256,6 +257,9 @@ class Trainer:
             what += f", after {self.watch.skipped - 1} skipped in a row"
         # This step changed nothing: what the weights have learned is still good.
         self.save_checkpoint()
+        self.world.wait()
+        if not self.world.is_main:  # all come here, one tells
+            raise SystemExit(1)
         raise TrainingError(
             f"{what}; {self._saved()}. Try a lower --lr, --precision fp32, or --on-nan skip"
         )
