@@ -43,8 +43,9 @@ def test_train_options() -> None:
         "--tokenizer --vocab-size --valid-fraction --d-model --n-layers --n-heads --n-kv-heads "
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
         "--micro-batch-size --optimizer --lr --muon-lr --beta1 --beta2 --weight-decay --schedule "
-        "--warmup --decay --clip --device --precision --seed --log-every --eval-every "
-        "--eval-tokens --logger --sample-every --checkpoint-seconds --keep-checkpoints"
+        "--warmup --decay --clip --device --precision --seed --deterministic --no-deterministic "
+        "--on-nan --log-every --eval-every --eval-tokens --logger --sample-every "
+        "--checkpoint-seconds --keep-checkpoints"
     )
     assert options == set(expected.split())
 
@@ -328,7 +329,7 @@ def test_bad_models(trained: Path, tmp_path: Path, capsys: Any) -> None:
     assert "top_p is 2.0" in refused(capsys, "generate", trained, "they", "--top-p", "2")
     assert "k is 0" in refused(capsys, "next", trained, "they", "--top", "0")
     assert "no such file" in refused(capsys, "tokenize", trained, tmp_path / "none.txt")
-    assert "no other options" in refused(capsys, "train", "--resume", trained, "--lr", "1")
+    assert "it takes only --log-every" in refused(capsys, "train", "--resume", trained, "--lr", "1")
 
 
 def test_unknown_commands_and_options(capsys: Any) -> None:

@@ -151,13 +151,15 @@ def _train(arguments: argparse.Namespace) -> int:
     options = _given(arguments, DataConfig, ModelConfig, TrainConfig)
     preset = options.pop("preset", "modern")
     if arguments.resume:
-        if options or arguments.preset or arguments.fresh:
-            raise InputError("--resume goes on with a run as it began; give no other options")
-        from tinylm.run import resume_config
+        from tinylm.run import MAY_DIFFER, resume_config
 
-        config = resume_config(Path(arguments.resume))
+        if arguments.preset or arguments.fresh or not options.keys() <= set(MAY_DIFFER) - {"out"}:
+            allowed = ", ".join("--" + n.replace("_", "-") for n in MAY_DIFFER if n != "out")
+            raise InputError(f"--resume goes on with a run as it began; it takes only {allowed}")
+        config = dataclasses.replace(resume_config(Path(arguments.resume)), **options)
     else:
         config = TrainConfig.from_preset(preset, **options)
+    from tinylm.distributed import is_main
     from tinylm.run import train
     from tinylm.trainer import Interrupted
 
@@ -165,8 +167,11 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         train(config, fresh=arguments.fresh, quiet=arguments.quiet)
     except Interrupted as stop:
-        print(f"{stop}; go on with: tinylm train --resume {folder}", file=sys.stderr)
+        if is_main():
+            print(f"{stop}; go on with: tinylm train --resume {folder}", file=sys.stderr)
         return 128 + stop.signum
+    if not is_main():  # of several processes one speaks
+        return 0
     print(folder)
     if not arguments.quiet:
         print(f"  plot      {folder}/loss.png", file=sys.stderr)
