@@ -1,15 +1,17 @@
 # make demo: install, train a small model on text that comes with Python, try it
 # make test: install with all that the tests need, run them
+# make kill: kill training runs KILLS times at random moments; none may lose a bit
 # make fuzz: feed the tokenizers and the readers of their files with made-up input for FUZZ_SECONDS
 #            each; needs clang
 PYTHON ?= python3
 MINUTES ?= 3
 FUZZ_SECONDS ?= 60
+KILLS ?= 50
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint format bench fuzz clean
+.PHONY: demo test lint format bench kill fuzz clean
 
 demo: $(VENV)/installed
 	$(BIN)/tinylm doctor
@@ -40,6 +42,9 @@ format: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest bench/bench_*.py
+
+kill: $(VENV)/installed-test
+	$(BIN)/python tests/kill_training.py --kills $(KILLS)
 
 # Each pattern has a program of its own.
 FUZZERS := word bpe train split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace

@@ -14,7 +14,7 @@ from conftest import SMALL, make_documents, write_jsonl
 
 from tinylm.cli import build_parser, main
 
-COMMANDS = "prepare train generate chat next eval tokenize export doctor".split()
+COMMANDS = "prepare train generate chat next eval reproduce tokenize export doctor".split()
 
 
 def run(*arguments: object) -> int:
@@ -44,8 +44,9 @@ def test_train_options() -> None:
         "--tokenizer --vocab-size --valid-fraction --d-model --n-layers --n-heads --n-kv-heads "
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
         "--micro-batch-size --optimizer --lr --muon-lr --beta1 --beta2 --weight-decay --schedule "
-        "--warmup --decay --clip --device --precision --seed --log-every --eval-every "
-        "--eval-tokens --sample-every --checkpoint-seconds --keep-checkpoints"
+        "--warmup --decay --clip --device --precision --seed --deterministic --no-deterministic "
+        "--on-nan --log-every --eval-every --eval-tokens --logger --sample-every "
+        "--checkpoint-seconds --keep-checkpoints"
     )
     assert options == set(expected.split())
 
@@ -106,6 +107,15 @@ def test_prepare_train_and_use(tmp_path: Path, corpus: Path, capsys: Any) -> Non
     keys = "loss perplexity top1 top5 bits_per_byte unk_share known_loss known_top1 tokens bytes"
     assert set(keys.split()) <= result.keys()
     assert result["overlap"] < 0.5
+    for data in ([], ["--data", other]):
+        assert run("eval", out, *data, "--baselines", "--json") == 0
+        counted = json.loads(capsys.readouterr().out)["baselines"]
+        assert counted["trigram"]["loss"] < counted["unigram"]["loss"]
+        assert set(counted["bigram"]) == {
+            "loss", "top1", "known_loss", "known_top1", "bits_per_byte",
+        }  # fmt: skip
+        if not data:
+            assert json.loads((out / "eval.json").read_text()) == saved | {"baselines": counted}
     assert run("eval", out, "--data", corpus, "--context", 8) == 0
     text = capsys.readouterr().out
     assert "context 8" in text
@@ -217,6 +227,8 @@ def test_notebook_weights_can_be_exported_and_used(
     evaluation = ("eval", pth, "--tokenizer", folder / "tokenizer.json", "--data", strange)
     assert run(*evaluation, "--json") == 0  # unknown words, and no model of how they are spelled
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] is None
+    assert run(*evaluation, "--baselines") == 2
+    assert "baselines need the run's training text" in capsys.readouterr().err
     assert run("eval", folder, "--data", strange, "--json") == 0
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] > 0
     assert run("export", folder, "--out", tmp_path / "hf") == 2
@@ -325,7 +337,7 @@ def test_bad_models(trained: Path, tmp_path: Path, capsys: Any) -> None:
     assert "top_p is 2.0" in refused(capsys, "generate", trained, "they", "--top-p", "2")
     assert "k is 0" in refused(capsys, "next", trained, "they", "--top", "0")
     assert "no such file" in refused(capsys, "tokenize", trained, tmp_path / "none.txt")
-    assert "no other options" in refused(capsys, "train", "--resume", trained, "--lr", "1")
+    assert "it takes only --log-every" in refused(capsys, "train", "--resume", trained, "--lr", "1")
 
 
 def test_unknown_commands_and_options(capsys: Any) -> None:

@@ -117,3 +117,10 @@ def test_lines_for_people_name_the_leak() -> None:
     for part in ("6.0000 nats", "top-1 10.00%", "2.5000", "on known words loss 6.5000", "2.6900"):
         assert part in text
     assert "not comparable" in text
+    assert "trigram" not in text
+    rates = {"loss": 5.09, "top1": 0.22, "known_loss": 5.63, "known_top1": 0.15}
+    text = "\n".join(
+        result_lines(result | {"baselines": {"trigram": rates | {"bits_per_byte": 2.3}}})
+    )
+    assert "trigram         loss 5.0900, top-1 22.00%, known words 5.6300 and 15.00%" in text
+    assert "bits per byte 2.3000 (counting alone)" in text

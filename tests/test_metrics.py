@@ -1,5 +1,9 @@
 """The record of a run: readable at any moment, seamless after a resume, and its drawings."""
 
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from tinylm.metrics import MetricsFile, plot_loss, plot_runs, write_samples
@@ -57,3 +61,36 @@ def test_durations() -> None:
         "1:01",
         "1:02:03",
     ]
+
+
+def test_a_record_is_there_at_once_and_whole(tmp_path: Path) -> None:
+    """Another process reads all the while: only whole records, in order, none of them late."""
+    path, records = tmp_path / "m.jsonl", 400
+    code = (
+        "import sys, time; from tinylm.metrics import MetricsFile; m = MetricsFile(sys.argv[1])\n"
+        "seen = 0\n"
+        f"while seen < {records}:\n"
+        "    steps = [r['step'] for r in m.records()]\n"
+        "    assert steps == list(range(len(steps))) and len(steps) >= seen, steps[-3:]\n"
+        "    assert all(len(r['samples'][0]) == r['step'] * 7 % 9000 for r in m.records())\n"
+        "    seen = len(steps)\n"
+    )
+    reader = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    metrics = MetricsFile(path)
+    for step in range(records):
+        metrics.append({"step": step, "samples": ["ä" * (step * 7 % 9000)]})
+        assert path.read_bytes().endswith(b'"]}\n')  # nothing waits in a buffer
+        time.sleep(0.002)
+    assert reader.wait(timeout=60) == 0
+
+
+def test_every_line_is_strict_json(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    metrics = make(tmp_path / "m.jsonl", {"step": 1, "grad_norm": float("inf"), "loss": 2.0})
+    metrics.append({"step": 2, "samples": ["lone \ud800"]})
+    lines = (tmp_path / "m.jsonl").read_text(encoding="utf-8").splitlines()
+    first = json.loads(lines[0], parse_constant=refuse)
+    assert (first["grad_norm"], first["loss"]) == (None, 2.0)
+    assert [r["step"] for r in metrics.records()] == [1, 2]

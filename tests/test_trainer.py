@@ -1,6 +1,5 @@
 """Training runs: what they leave behind, and that no interruption changes their result."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -8,50 +7,22 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from runs import assert_same_run, records
 
 from tinylm import trainer as trainer_module
-from tinylm.checkpoint import CheckpointFolder, load_tensors
+from tinylm.checkpoint import CheckpointFolder
 from tinylm.config import TrainConfig
-from tinylm.errors import InputError, TrainingError
-from tinylm.metrics import MetricsFile
+from tinylm.errors import InputError
 from tinylm.run import resume_config, train
 from tinylm.trainer import Interrupted, Trainer
 
 MakeConfig = Callable[..., TrainConfig]
-
-
-def records(folder: Path, key: str) -> list[dict[str, Any]]:
-    return [r for r in MetricsFile(folder / "metrics.jsonl").records() if key in r]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Model and optimizer after the last step."""
-    checkpoint = CheckpointFolder(folder / "checkpoints").load_newest(pytest.fail)
-    assert checkpoint is not None
-    return checkpoint.tensors
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: last and best weights, optimizer state, losses, samples, evaluation."""
-    for left, right in [
-        (weights(a), weights(b)),
-        (load_tensors(a / "model.safetensors")[0], load_tensors(b / "model.safetensors")[0]),
-    ]:
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in left)
-    for key in ("loss", "valid_loss", "samples", "epoch_loss"):
-        assert [(r["step"], r[key]) for r in records(a, key)] == [
-            (r["step"], r[key]) for r in records(b, key)
-        ]
-    assert json.loads((a / "eval.json").read_text()) == json.loads((b / "eval.json").read_text())
 
 
 def test_a_run_learns_and_leaves_everything(small_run: MakeConfig, tmp_path: Path) -> None:
@@ -118,32 +89,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-RUN = """
-import sys, json
-from tinylm.config import config_from_dict
-from tinylm.run import train
-train(config_from_dict(json.loads(sys.argv[1])), quiet=True)
-"""
-
-
-def test_kill_at_random_moments_loses_nothing(small_run: MakeConfig, tmp_path: Path) -> None:
-    options = {"steps": 60, "checkpoint_seconds": 0.02, "log_every": 1, "eval_every": 7}
-    train(small_run(out=str(tmp_path / "whole"), **options), quiet=True)
-    config = small_run(out=str(tmp_path / "cut"), **options)
-    command = [sys.executable, "-c", RUN, json.dumps(dataclasses.asdict(config))]
-    metrics, generator, kills = tmp_path / "cut" / "metrics.jsonl", random.Random(0), 0
-    while not (tmp_path / "cut" / "eval.json").exists():
-        before = len(list(MetricsFile(metrics).records()))
-        process = subprocess.Popen(command)
-        while process.poll() is None and len(list(MetricsFile(metrics).records())) == before:
-            time.sleep(0.01)  # until it trains
-        time.sleep(generator.uniform(0, 0.15))
-        if kills < 4 and process.poll() is None:
-            process.kill()
-            kills += 1
-        assert process.wait() in (0, -signal.SIGKILL)
-    assert kills == 4
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+def test_kill_at_random_moments_loses_nothing() -> None:
+    script = [sys.executable, str(Path(__file__).parent / "kill_training.py")]
+    done = subprocess.run(
+        [*script, "--kills", "5", "--per-run", "5", "--seed", str(random.randrange(10**6))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 kills of" in done.stdout
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(
@@ -186,9 +139,10 @@ def test_a_folder_of_another_configuration_is_refused(
     for fresh in (False, True):
         with pytest.raises(InputError, match="is not a run folder"):
             train(small_run(out=str(tmp_path / "other")), quiet=True, fresh=fresh)
+        with pytest.raises(InputError, match="is a file"):
+            file = str(tmp_path / "other" / "thesis.txt")
+            train(small_run(out=file), quiet=True, fresh=fresh)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
-    with pytest.raises(InputError, match="is a file"):
-        train(small_run(out=str(tmp_path / "other" / "thesis.txt")), quiet=True)
 
 
 def test_changed_data_are_noticed(small_run: MakeConfig, corpus: Path) -> None:
@@ -207,33 +161,6 @@ def test_resume_config_is_the_one_asked_for(small_run: MakeConfig, tmp_path: Pat
     (tmp_path / "run" / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json is damaged"):
         resume_config(tmp_path / "run")
-
-
-def test_nan_stops_with_a_message_and_the_last_good_checkpoint(
-    small_run: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = Trainer._clip
-
-    def poisoned(self: Trainer) -> float:
-        if self.state.step == 5:
-            self.model.embedding.weight.grad[3, 3] = float("nan")  # type: ignore[index]
-        return plain(self)
-
-    monkeypatch.setattr(Trainer, "_clip", poisoned)
-    with pytest.raises(TrainingError, match=r"not finite at step 6 .* checkpoint is of step 5"):
-        train(small_run(checkpoint_seconds=1e-9), quiet=True)
-    assert all(t.isfinite().all() for t in weights(tmp_path / "run").values())
-
-
-def test_out_of_memory_names_the_sizes_to_lower(
-    small_run: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(trainer_module.Transformer, "loss", full)
-    with pytest.raises(TrainingError, match=r"8 windows of 16 tokens .* lower --micro-batch-size"):
-        train(small_run(), quiet=True)
 
 
 def test_micro_batches_give_the_same_run(small_run: MakeConfig, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def build_parser() -> Parser:
         prog="tinylm",
         description="From raw text to a trained, honestly evaluated small language model.",
     )
-    parser.add_argument("--version", action="version", version=f"tinylm {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"tinylm {__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_prepare(verbs)
     _add_train(verbs)
@@ -72,6 +72,7 @@ def build_parser() -> Parser:
     _add_chat(verbs)
     _add_next(verbs)
     _add_eval(verbs)
+    _add_reproduce(verbs)
     _add_tokenize(verbs)
     _add_export(verbs)
     _add_doctor(verbs)
@@ -150,13 +151,15 @@ def _train(arguments: argparse.Namespace) -> int:
     options = _given(arguments, DataConfig, ModelConfig, TrainConfig)
     preset = options.pop("preset", "modern")
     if arguments.resume:
-        if options or arguments.preset or arguments.fresh:
-            raise InputError("--resume goes on with a run as it began; give no other options")
-        from tinylm.run import resume_config
+        from tinylm.run import MAY_DIFFER, resume_config
 
-        config = resume_config(Path(arguments.resume))
+        if arguments.preset or arguments.fresh or not options.keys() <= set(MAY_DIFFER) - {"out"}:
+            allowed = ", ".join("--" + n.replace("_", "-") for n in MAY_DIFFER if n != "out")
+            raise InputError(f"--resume goes on with a run as it began; it takes only {allowed}")
+        config = dataclasses.replace(resume_config(Path(arguments.resume)), **options)
     else:
         config = TrainConfig.from_preset(preset, **options)
+    from tinylm.distributed import is_main
     from tinylm.run import train
     from tinylm.trainer import Interrupted
 
@@ -164,8 +167,11 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         train(config, fresh=arguments.fresh, quiet=arguments.quiet)
     except Interrupted as stop:
-        print(f"{stop}; go on with: tinylm train --resume {folder}", file=sys.stderr)
+        if is_main():
+            print(f"{stop}; go on with: tinylm train --resume {folder}", file=sys.stderr)
         return 128 + stop.signum
+    if not is_main():  # of several processes one speaks
+        return 0
     print(folder)
     if not arguments.quiet:
         print(f"  plot      {folder}/loss.png", file=sys.stderr)
@@ -317,6 +323,11 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument(
         "--context", type=int, metavar="N", help="window length in tokens; as in training if unset"
     )
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also evaluate n-gram models that count the run's training text",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -326,12 +337,61 @@ def _eval(arguments: argparse.Namespace) -> None:
     lm = _load(arguments)
     options = _given(arguments, DataConfig)
     options.pop("tokenizer", None)
-    result = evaluate_on(lm, options.pop("data", None), seq_len=arguments.context, **options)
+    result = evaluate_on(
+        lm,
+        options.pop("data", None),
+        seq_len=arguments.context,
+        baselines=arguments.baselines,
+        **options,
+    )
     if arguments.json:
         print(json.dumps(result))
         return
     for line in result_lines(result):
         print(line)
+
+
+SHARED_BY_PRESETS = ("device", "seed", "logger")
+
+
+def _add_reproduce(verbs: Any) -> None:
+    text = "train the presets under an equal budget and compare them in one table"
+    parser = _command(verbs, "reproduce", _reproduce, text)
+    parser.add_argument("--minutes", type=float, metavar="X", help="to train each preset for")
+    parser.add_argument("--tokens", type=int, metavar="N", help="or tokens to train each on")
+    parser.add_argument(
+        "--presets", default="notebook,causal,modern", metavar="NAMES", help="default %(default)s"
+    )
+    parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER")
+    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the table")
+    _add_fields(parser.add_argument_group("data"), DataConfig)
+    _add_fields(parser.add_argument_group("training"), TrainConfig, only=SHARED_BY_PRESETS)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from tinylm.reproduce import reproduce, table
+    from tinylm.trainer import Interrupted
+
+    data = DataConfig(**{"tokenizer": "word"} | _given(arguments, DataConfig))
+    given = _given(arguments, TrainConfig)
+    try:
+        report = reproduce(
+            data,
+            arguments.out,
+            minutes=arguments.minutes,
+            tokens=arguments.tokens,
+            presets=arguments.presets.replace(",", " ").split(),
+            fresh=arguments.fresh,
+            quiet=arguments.quiet,
+            **{name: given[name] for name in SHARED_BY_PRESETS if name in given},
+        )
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        return 128 + stop.signum
+    print(table(report))
+    print(f"{arguments.out}/report.md, report.json, report.png", file=sys.stderr)
+    return 0
 
 
 def _add_tokenize(verbs: Any) -> None:

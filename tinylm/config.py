@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tinylm.data.config import DataConfig, option
 from tinylm.errors import InputError
+from tinylm.loggers import logger_names
 
 __all__ = ["PRESETS", "DataConfig", "ModelConfig", "TrainConfig", "config_from_dict", "with_fields"]
 
@@ -111,7 +112,14 @@ class TrainConfig:
         "auto", "arithmetic of matrix products; auto chooses by the device"
     )
     seed: int = option(0, "seed of initial weights, order of data and samples")
+    deterministic: bool = option(
+        False, "the same bits each time on a GPU too, or an error; a resume checks for what differs"
+    )
+    on_nan: Literal["stop", "skip"] = option(
+        "stop", "what to do when loss or gradient is not finite: stop, or skip the step"
+    )
 
+    logger: str = option("", "also log to tensorboard, wandb, or both (a comma between)")
     log_every: int = option(10, "steps between records in metrics.jsonl")
     eval_every: int | None = option(None, "steps between evaluations; about 20 in a run if unset")
     eval_tokens: int = option(32_768, "validation tokens used while training; all at the end")
@@ -126,14 +134,21 @@ class TrainConfig:
         _one_of(self, "optimizer", "muon", "adamw")
         _one_of(self, "schedule", "wsd", "constant")
         _one_of(self, "precision", "auto", "fp32", "bf16", "fp16")
+        _one_of(self, "on_nan", "stop", "skip")
         _positive(
             self, "steps", "epochs", "minutes", "seq_len", "stride", "batch_size",
             "micro_batch_size", "lr", "muon_lr", "log_every", "eval_every", "eval_tokens",
             "sample_every", "keep_checkpoints",
         )  # fmt: skip
+        logger_names(self.logger)
         lengths = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
         if len(lengths) > 1:
             raise InputError(f"give one of steps, epochs and minutes, not {' and '.join(lengths)}")
+        if self.deterministic and self.minutes is not None:
+            raise InputError(
+                "a deterministic run cannot be limited by minutes, since its learning rate would "
+                "follow the clock; give steps or epochs"
+            )
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise InputError(
                 f"batch_size {self.batch_size} is not divisible by "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +91,44 @@ def choose_device(device: str = "auto", precision: str = "auto") -> Device:
     if precision == "fp16" and kind != "cuda":
         raise InputError("precision fp16 needs a CUDA device; use bf16 or fp32")
     return Device(device, precision, "as asked")
+
+
+@contextmanager
+def determinism(on: bool) -> Iterator[None]:
+    """Within it, torch runs only algorithms that give the same bits each time, or raises.
+
+    On a CPU all do, as long as the number of threads stays the same. On a GPU some are slower;
+    cuBLAS needs a fixed workspace for it, which has to be asked for before its first use.
+    """
+    if not on:
+        yield
+        return
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def conditions(device: Device) -> dict[str, Any]:
+    """What the last bits of a result depend on, beside the configuration."""
+    import torch
+
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device.torch_device)
+    else:
+        processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "device": device.type,
+        "precision": device.precision,
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def _best_precision(device: str, kind: str) -> tuple[str, str]:

@@ -120,6 +120,39 @@ def evaluate(
     return totals
 
 
+@torch.no_grad()
+def evaluate_full_prefix(
+    model: Transformer, ids: np.ndarray, *, seq_len: int, first: int, limit: int
+) -> Totals:
+    """Sums over single tokens, each predicted from the whole ``seq_len`` tokens before it.
+
+    What the last position of a window knows: no model can look ahead there, and none has to
+    make do with less than a window. Computed in fp32.
+
+    Args:
+        first: the first token that may be chosen, at least ``seq_len``; the same for models with
+            different windows gives them the same tokens.
+        limit: how many tokens, spread evenly.
+    """
+    count = min(limit, len(ids) - first)
+    totals = Totals()
+    if count < 1:
+        return totals
+    training = model.training
+    model.eval()
+    where = next(model.parameters()).device
+    targets = np.linspace(first, len(ids) - 1, count).round().astype(np.int64)
+    batch = max(1, 8192 // seq_len)
+    for start in range(0, count, batch):
+        at = targets[start : start + batch]
+        x_BT = torch.from_numpy(ids[at[:, None] + np.arange(-seq_len, 0)].astype(np.int64))
+        y_B = torch.from_numpy(ids[at].astype(np.int64))
+        with _fp32(where):
+            _add(totals, model, model.hidden(x_BT.to(where))[:, -1], y_B.to(where), None)
+    model.train(training)
+    return totals
+
+
 def _fp32(where: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(where.type, enabled=False)
 

@@ -1,8 +1,9 @@
 """A run's record: one JSON object a line, written as it happens, and what is drawn from it."""
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,25 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """``metrics.jsonl``: can be read while training; a resumed run continues it seamlessly."""
+    """``metrics.jsonl``: can be read while training; a resumed run continues it seamlessly.
+
+    Each record is in the file as soon as it is appended, by one write. A system may still show a
+    reader the first part of a long line a moment earlier: a line is whole once it has its end.
+
+    Attributes:
+        follow: also told of each record, see `tinylm.loggers`.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.follow: Callable[[Record], None] = lambda record: None
 
     def append(self, record: Record) -> None:
-        with disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        rest = _line(record)
+        with disk_errors(self.path), open(self.path, "ab", buffering=0) as file:
+            while rest:  # once, but for a disk that is filling up
+                rest = rest[file.write(rest) :]
+        self.follow(record)
 
     def records(self) -> Iterator[Record]:
         """All whole records; a last line cut short by a kill is left out."""
@@ -29,7 +41,7 @@ class MetricsFile:
             for line in file:
                 try:
                     yield json.loads(line)
-                except ValueError:
+                except ValueError:  # not yet, or never, written to its end
                     continue
 
     def drop_after(self, step: int) -> None:
@@ -37,7 +49,16 @@ class MetricsFile:
         kept = [record for record in self.records() if record["step"] <= step]
         with atomic_write(self.path) as file:
             for record in kept:
-                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+                file.write(_line(record))
+
+
+def _line(record: Record) -> bytes:
+    """JSON knows neither infinity nor NaN, which the gradient of a skipped step may be: null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return (json.dumps(finite, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 def write_samples(metrics: MetricsFile, path: str | os.PathLike[str]) -> None:
@@ -79,10 +100,16 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
     _save(figure, axes, path)
 
 
-def plot_runs(runs: Mapping[str, MetricsFile], path: str | os.PathLike[str], title: str) -> None:
+def plot_runs(
+    runs: Mapping[str, MetricsFile],
+    path: str | os.PathLike[str],
+    title: str,
+    levels: Mapping[str, float] | None = None,
+) -> None:
     """Validation losses of several runs, by label, against the minutes they took.
 
-    Of a model without causal mask both curves are drawn, the honest and the leaked.
+    Of a model without causal mask both curves are drawn, the honest and the leaked. ``levels``
+    are losses to compare with, drawn as lines across.
     """
     figure, axes = _axes("minutes of training", "validation loss (nats per token)", title)
     shown: list[tuple[float, float]] = []
@@ -97,6 +124,11 @@ def plot_runs(runs: Mapping[str, MetricsFile], path: str | os.PathLike[str], tit
                 text = f"{label}{suffix}: {points[-1][1]:.2f}"
                 axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=text)
                 shown += points
+    end = max((x for x, _ in shown), default=0.0)
+    for i, (label, loss) in enumerate((levels or {}).items()):
+        text, grey = f"{label}: {loss:.2f}", str(0.7 - 0.2 * min(i, 3))
+        axes.axhline(loss, linestyle=":", color=grey, label=text)
+        shown.append((end, loss))
     _leave_out_the_fall(axes, shown)
     _save(figure, axes, path)
 

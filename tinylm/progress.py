@@ -24,7 +24,7 @@ class TrainingProgress:
 
     def __init__(self, quiet: bool = False) -> None:
         self._terminal = sys.stderr.isatty() and not quiet
-        self._quiet = quiet
+        self.quiet = quiet
         self._last_line = time.monotonic()
         self._bar = tqdm(
             total=1.0,
@@ -40,13 +40,13 @@ class TrainingProgress:
         if self._terminal:
             self._bar.n = min(share, 1.0)
             self._bar.set_description_str(text)
-        elif not self._quiet and time.monotonic() - self._last_line > self.LINE_SECONDS:
+        elif not self.quiet and time.monotonic() - self._last_line > self.LINE_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"{share:4.0%}  {text}")
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
-        if not self._quiet:
+        if not self.quiet:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,23 @@ from typing import Any
 from tinylm import __version__
 from tinylm.config import TrainConfig, config_from_dict
 from tinylm.data import Dataset, prepare
-from tinylm.device import choose_device
+from tinylm.data.cache import LOCK_NAME, locked, remove_leftovers
+from tinylm.device import Device, choose_device, determinism
+from tinylm.distributed import World, joined
 from tinylm.errors import InputError
 from tinylm.files import atomic_write, disk_errors, write_json
 from tinylm.lm import LanguageModel, load
+from tinylm.loggers import open_loggers, require_loggers
 from tinylm.progress import TrainingProgress, duration
 from tinylm.report import evaluate_dataset, result_lines
 from tinylm.trainer import Trainer
 
+CHECKPOINTS = "checkpoints"
 # Options that may differ when a run is resumed: they change what is seen, not what is learned.
-MAY_DIFFER = ("out", "log_every", "checkpoint_seconds", "keep_checkpoints")
+MAY_DIFFER = (
+    "out", "logger", "log_every", "checkpoint_seconds", "keep_checkpoints", "micro_batch_size",
+    "on_nan",
+)  # fmt: skip
 
 
 def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> LanguageModel:
@@ -28,7 +37,8 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
     The run folder (``config.out``) then holds ``config.json``, ``tokenizer.json``,
     ``model.safetensors`` (the best on validation), ``metrics.jsonl``, ``eval.json``,
     ``samples.txt``, ``loss.png`` and ``checkpoints/``. Called again with the same configuration,
-    it goes on from the newest checkpoint, or returns the finished model at once.
+    it goes on from the newest checkpoint, or returns the finished model at once. Under
+    ``torchrun`` each process calls it and computes its share of every batch; rank 0 writes.
 
     Args:
         fresh: delete what the run folder holds and start again.
@@ -36,35 +46,62 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
 
     Raises:
         InputError: bad input, or the folder belongs to another configuration.
-        TrainingError: the loss is not finite, or memory ran out.
+        TrainingError: the loss is not finite, memory ran out, or another process has ended.
         tinylm.trainer.Interrupted: SIGINT or SIGTERM; everything has been saved.
     """
-    folder = Path(config.run_folder)
-    progress = TrainingProgress(quiet)
-    try:
-        device = choose_device(config.device, config.precision)
-        _check_folder(folder, config, fresh)
-        dataset = prepare(config.data, progress=not quiet)
-        vocab_size = dataset.tokenizer.vocab_size
-        requested, config = (
-            config,
-            replace(config, model=replace(config.model, vocab_size=vocab_size)),
-        )
-        # Built before anything is written: what cannot work leaves no folder behind.
-        trainer = Trainer(config, dataset, folder, device, progress)
-        _open_folder(folder, requested, config, dataset, fresh)
-        if (folder / "eval.json").exists():
-            progress.say(f"{folder} is already trained; --fresh trains it again")
-            return load(folder, device=config.device)
-        _introduce(trainer, progress)
-        if trainer.resume():
-            progress.say(f"resuming from the checkpoint of step {trainer.state.step:,}")
+    with joined() as world, determinism(config.deterministic), ExitStack() as held:
+        progress = TrainingProgress(quiet or not world.is_main)
+        try:
+            device = choose_device(world.device_name(config.device), config.precision)
+            trainer = world.main_first(
+                lambda: _begin(config, fresh and world.is_main, device, progress, world, held)
+            )
+            return _train(trainer, progress)
+        finally:
+            progress.close()
+
+
+def _begin(
+    requested: TrainConfig,
+    fresh: bool,
+    device: Device,
+    progress: TrainingProgress,
+    world: World,
+    held: ExitStack,
+) -> Trainer:
+    """Checks everything, prepares the data, and opens the run folder, which is ``held`` then."""
+    folder = Path(requested.run_folder)
+    loggers = requested.logger if world.is_main else ""
+    require_loggers(loggers)
+    _check_folder(folder, requested, fresh)
+    dataset = prepare(requested.data, progress=not progress.quiet)
+    vocab_size = dataset.tokenizer.vocab_size
+    config = replace(requested, model=replace(requested.model, vocab_size=vocab_size))
+    # Built before anything is written: what cannot work leaves no folder behind.
+    trainer = Trainer(config, dataset, folder, device, progress, world)
+    if world.is_main:
+        held.enter_context(_opened_folder(folder, requested, config, dataset, fresh))
+    return trainer
+
+
+def _train(trainer: Trainer, progress: TrainingProgress) -> LanguageModel:
+    folder, world = trainer.folder, trainer.world
+    if (folder / "eval.json").exists():
+        progress.say(f"{folder} is already trained; --fresh trains it again")
+        return load(folder, device=trainer.device.name)
+    _introduce(trainer, progress)
+    if trainer.resume():
+        progress.say(f"resuming from the checkpoint of step {trainer.state.step:,}")
+    world.require_same("step of the newest checkpoint", trainer.state.step)
+    loggers, step = trainer.config.logger if world.is_main else "", trainer.state.step
+    with open_loggers(loggers, trainer.config, folder, step) as trainer.metrics.follow:
         trainer.run()
-        progress.close()
+    progress.close()
+    if world.is_main:
         trainer.finish()
-        return _conclude(trainer, progress)
-    finally:
-        progress.close()
+        lm = _conclude(trainer, progress)
+    world.wait()
+    return lm if world.is_main else load(folder, device=trainer.device.name)
 
 
 def resume_config(folder: Path) -> TrainConfig:
@@ -85,13 +122,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _check_folder(folder: Path, config: TrainConfig, fresh: bool) -> None:
     """Refuses, before any work, a folder that another configuration made."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another --out")
     if fresh or not folder.exists():
         return
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose another --out")
     path = folder / "config.json"
     if not path.exists():
-        if any(folder.iterdir()):
+        if _is_foreign(folder):
             raise InputError(f"{folder} holds files but is not a run folder; choose another --out")
         return
     differences = _differences(
@@ -105,6 +142,15 @@ def _check_folder(folder: Path, config: TrainConfig, fresh: bool) -> None:
         )
 
 
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds files, but no run's.
+
+    A run's first file is its lock, so that one killed before its ``config.json`` is known too.
+    """
+    ours = (folder / "config.json").exists() or (folder / CHECKPOINTS / LOCK_NAME).exists()
+    return not ours and any(not path.is_dir() for path in folder.rglob("*"))
+
+
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     out = []
     for name, value in here.items():
@@ -115,15 +161,40 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     return out
 
 
-def _open_folder(
+@contextmanager
+def _opened_folder(
     folder: Path, requested: TrainConfig, config: TrainConfig, dataset: Dataset, fresh: bool
+) -> Iterator[None]:
+    """The run folder with all that is known before training, for this process alone."""
+    checkpoints = folder / CHECKPOINTS
+    if fresh and folder.exists() and _is_foreign(folder):
+        raise InputError(f"{folder} is not a run folder; it is not deleted")
+    with locked(checkpoints, wait=False):
+        with disk_errors(folder):
+            if fresh:
+                _clear(folder)
+            remove_leftovers(folder)
+            remove_leftovers(checkpoints)
+        _write_beginning(folder, requested, config, dataset)
+        yield
+
+
+def _clear(folder: Path) -> None:
+    """Deletes a run but for its lock; what a kill leaves of it is a run that has not begun."""
+    for path in [folder / "eval.json", *(folder / CHECKPOINTS).glob("step-*")]:
+        path.unlink(missing_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if path.name != CHECKPOINTS:
+                shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _write_beginning(
+    folder: Path, requested: TrainConfig, config: TrainConfig, dataset: Dataset
 ) -> None:
-    with disk_errors(folder):
-        if fresh and folder.exists():
-            if not (folder / "config.json").exists() and any(folder.iterdir()):
-                raise InputError(f"{folder} is not a run folder; it is not deleted")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists():
         known = _read_config(folder / "config.json")["data"]
         if known["sources"] != dataset.meta["sources"]:
@@ -161,6 +232,8 @@ def _introduce(trainer: Trainer, progress: TrainingProgress) -> None:
     else:
         length = f"{trainer.total_steps:,} steps"
     progress.say(f"length  {length}, {config.batch_size} windows of {config.seq_len} tokens a step")
+    if trainer.world.size > 1:
+        progress.say(f"shared  by {trainer.world.size} processes")
     if not config.model.causal:
         progress.say(
             "warning: this model has no causal mask. Each position sees the token it is to "

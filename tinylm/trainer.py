@@ -2,23 +2,22 @@
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
-from tinylm.checkpoint import Checkpoint, CheckpointFolder, save_tensors
+from tinylm.checkpoint import Checkpoint, CheckpointFolder, load_tensors, save_tensors
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
 from tinylm.data.windows import WindowSampler
-from tinylm.device import Device
-from tinylm.errors import TrainingError
+from tinylm.device import Device, conditions
+from tinylm.distributed import PeerError, World
+from tinylm.errors import InputError, TrainingError
+from tinylm.eta import Eta
 from tinylm.evaluate import evaluate
 from tinylm.generate import Sampling
 from tinylm.lm import LanguageModel
@@ -26,11 +25,14 @@ from tinylm.metrics import MetricsFile, plot_loss, write_samples
 from tinylm.model import Transformer
 from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
+from tinylm.signals import stop_requests
+from tinylm.step import LossScale, Outcome, TrainStep
+from tinylm.watch import Watch
 
 EVALUATIONS = 20  # in a run, unless eval_every says otherwise
+SAMPLES = 4  # in a run, unless sample_every says otherwise
 SAMPLE_TOKENS = 40
 SAMPLE_PROMPTS = 3
-SPIKE = 2.0  # nats above the running mean that count as a loss spike
 
 
 class Interrupted(Exception):
@@ -54,9 +56,6 @@ class Progress:
     loss_count: int = 0
     epoch_sum: float = 0.0  # since the epoch began
     epoch_count: int = 0
-    mean_loss: float | None = None
-    loss_scale: float = 65536.0  # fp16 only
-    good_steps: int = 0  # since the loss scale last changed
 
 
 class Trainer:
@@ -74,23 +73,25 @@ class Trainer:
         folder: Path,
         device: Device,
         progress: TrainingProgress,
+        world: World | None = None,
     ) -> None:
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress
+        self.world = world or World()
         self.model = Transformer(config.model, seed=config.seed).to(device.torch_device)
         muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, config, muon_dtype)
+        self.step = TrainStep(self.model, self.optimizer, config, device, self.world)
         self.sampler = WindowSampler(
             dataset.train.ids, config.seq_len, config.batch_size, config.stride, config.seed
         )
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.keep_checkpoints)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.total_steps = self._total_steps()
-        self.state = Progress()
+        self.state, self.watch = Progress(), Watch()
         self._last: dict[str, float] = {}  # what the newest record says
-        self._stop: int | None = None
         self._session_start = self._last_checkpoint = time.monotonic()
-        self._session_share = 0.0
+        self.eta = Eta(lambda: time.monotonic())
 
     def _total_steps(self) -> int | None:
         """None when the run is limited by time."""
@@ -111,121 +112,164 @@ class Trainer:
     # --- the loop --------------------------------------------------------------------------------
 
     def resume(self) -> bool:
-        """Goes back to the newest whole checkpoint, if there is one."""
+        """Goes back to the newest whole checkpoint, if there is one.
+
+        Raises:
+            InputError: no checkpoint is whole, or the run is to be deterministic and would go on
+                under other conditions than it began.
+        """
         checkpoint = self.checkpoints.load_newest(self.progress.say)
+        if self.world.is_main:
+            self.metrics.drop_after(-1 if checkpoint is None else checkpoint.step)
         if checkpoint is None:
-            self.metrics.drop_after(-1)
             return False
         tensors = checkpoint.tensors
         model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         optim = {n.removeprefix("optim."): t for n, t in tensors.items() if n.startswith("optim.")}
         self.model.load_state_dict(model)
         self.optimizer.load_state_tensors(optim)
-        self.state = Progress(**checkpoint.state)
-        self.metrics.drop_after(self.state.step)
+        state = dict(checkpoint.state)
+        try:
+            self._check_conditions(state.pop("conditions"))
+            self.step.scale = LossScale(**state.pop("loss_scale"))
+            self.watch = Watch(**state.pop("watch"))
+            self.state = Progress(**state)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"the checkpoint is of another version of tinylm ({error}); start with --fresh"
+            ) from error
+        if self.world.is_main and math.isfinite(self.state.best_loss):
+            self._check_best()
         return True
+
+    def _conditions(self) -> dict[str, Any]:
+        return conditions(self.device) | {
+            "processes": self.world.size,
+            "micro_batch_size": self.step.micro_batch_size,
+        }
+
+    def _check_conditions(self, there: dict[str, Any]) -> None:
+        here = self._conditions()
+        different = [k for k, v in here.items() if there.get(k) != v]
+        if not different:
+            return
+        listed = "; ".join(f"{k} is {there.get(k)} there and {here[k]} here" for k in different)
+        text = f"the checkpoint was made under other conditions ({listed})"
+        if self.config.deterministic:
+            raise InputError(
+                f"{text}, and a deterministic run has to go on as it began; OMP_NUM_THREADS sets "
+                "the number of threads"
+            )
+        self.progress.say(f"{text}: the run goes on the same only up to rounding")
+
+    def _check_best(self) -> None:
+        """The best weights are in no checkpoint: if their file is damaged, they are found anew."""
+        try:
+            load_tensors(self.folder / "model.safetensors")
+        except InputError as error:
+            self.progress.say(f"{error}; keeping the best weights from here on")
+            self.state.best_loss = math.inf
 
     def run(self) -> None:
         """Trains to the end.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, with everything saved.
-            TrainingError: the loss is not finite, or memory ran out.
+            TrainingError: the loss is not finite, memory ran out, or another process has ended.
+            InputError: the disk is full or not writable; what was saved is untouched.
         """
+        try:
+            self._loop()
+        except InputError as error:
+            raise InputError(f"{error}; {self._saved()}") from error
+
+    def _loop(self) -> None:
         self._session_start = self._last_checkpoint = time.monotonic()
-        self._session_share = self.share
         before = self.state.elapsed
-        if self.state.step == 0:
-            self._evaluate()
-        with self._signals():
+        if self.world.is_main and math.isinf(self.state.best_loss):
+            # As precise, and as slow, as the last: this tells how long that will take.
+            with self.eta.interruption("first evaluation"):
+                self._evaluate(precise=True)
+        with stop_requests(self.progress.say) as request:
             while self.share < 1.0:
                 share = self.share
-                self._train_step(share)
-                self.state.elapsed = before + time.monotonic() - self._session_start
-                self._after_step(share)
-                if self._stop is not None and self.share < 1.0:
+                try:
+                    self._train_step(share)
+                    elapsed = before + time.monotonic() - self._session_start
+                    self.state.elapsed, stop = self.world.agree(elapsed, request.signum)
+                except PeerError as error:
+                    self._left_alone(error)
+                if self.world.is_main:
+                    self._after_step(share)
+                if stop is not None and self.share < 1.0:
                     self.save_checkpoint()
-                    raise Interrupted(self._stop, self.state.step)
+                    raise Interrupted(stop, self.state.step)
             self.save_checkpoint()
+
+    def _left_alone(self, error: PeerError) -> NoReturn:
+        """Saves the last step that all processes finished, and gives up."""
+        self.save_checkpoint()
+        saved = self._saved() if self.world.is_main else "rank 0 saves, if it can"
+        raise PeerError(
+            f"{error} at step {self.state.step + 1:,}; {saved}, and the same command goes on from "
+            "there"
+        ) from error
 
     def _train_step(self, share: float) -> None:
         config, state = self.config, self.state
-        inputs, targets = self.sampler.batch(state.step)
-        micro = config.micro_batch_size or config.batch_size
-        parts = config.batch_size // micro
-        total = torch.zeros((), device=self.device.torch_device)
-        try:
-            for start in range(0, config.batch_size, micro):
-                x_BT = torch.from_numpy(inputs[start : start + micro]).to(self.device.torch_device)
-                y_BT = torch.from_numpy(targets[start : start + micro]).to(self.device.torch_device)
-                with self.device.autocast():
-                    loss = self.model.loss(x_BT, y_BT) / parts
-                self._scaled(loss).backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-            norm = self._clip()
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-                raise TrainingError(self._memory_advice()) from error
-            raise
-        loss_value = float(total)
-        self._check_finite(loss_value, norm)
-        if math.isfinite(norm):
-            self.optimizer.step(lr_factor(config, share))
-        else:  # only fp16 gets here: this batch overflowed at the present loss scale
-            self.optimizer.zero_grad()
+        factor = lr_factor(config, share)
+        inputs, targets = self.sampler.batch(state.step, self.world.rank, self.world.size)
+        outcome = self.step(inputs, targets, factor)
+        if not (outcome.updated or outcome.overflow):
+            self._not_finite(outcome)
         state.step += 1
-        state.tokens += inputs.size
-        state.loss_sum += loss_value
+        state.tokens += config.batch_size * config.seq_len
+        self._last = {"lr": config.lr * factor}
+        if math.isfinite(outcome.grad_norm):
+            self._last["grad_norm"] = outcome.grad_norm
+        if math.isfinite(outcome.loss):
+            self._add_loss(outcome.loss)
+
+    def _add_loss(self, loss: float) -> None:
+        state = self.state
+        state.loss_sum += loss
         state.loss_count += 1
-        state.epoch_sum += loss_value
+        state.epoch_sum += loss
         state.epoch_count += 1
-        self._last = {"grad_norm": norm, "lr": config.lr * lr_factor(config, share)}
+        usual = self.watch.spike(loss)
+        if usual is not None and self.world.is_main:
+            self.progress.say(
+                f"loss spike at step {state.step:,}: {loss:.3f} where {usual:.3f} was usual"
+            )
+            self.metrics.append(self._stamp() | {"spike": loss, "usual_loss": usual})
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss * self.state.loss_scale if self.device.precision == "fp16" else loss
-
-    def _clip(self) -> float:
-        """Unscales (fp16) and clips the gradients; returns their norm before clipping."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if self.device.precision == "fp16":
-            for p in parameters:
-                assert p.grad is not None
-                p.grad /= self.state.loss_scale
-        limit = self.config.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if self.device.precision == "fp16":
-            self._adapt_loss_scale(math.isfinite(norm))
-        return norm
-
-    def _adapt_loss_scale(self, good: bool) -> None:
-        """Doubles after 2,000 good steps, halves at an overflow (Micikevicius et al. 2018)."""
-        self.state.good_steps = self.state.good_steps + 1 if good else 0
-        if not good:
-            self.state.loss_scale /= 2
-        elif self.state.good_steps == 2000:
-            self.state.loss_scale, self.state.good_steps = self.state.loss_scale * 2, 0
-
-    def _check_finite(self, loss: float, norm: float) -> None:
-        overflow = self.device.precision == "fp16" and self.state.loss_scale >= 1.0
-        if math.isfinite(loss) and (math.isfinite(norm) or overflow):
+    def _not_finite(self, outcome: Outcome) -> None:
+        """Stops, or lets the run go on without the step that failed, as configured."""
+        step = self.state.step + 1
+        what = (
+            f"the loss or its gradient is not finite at step {step:,} "
+            f"(loss {outcome.loss}, gradient norm {outcome.grad_norm})"
+        )
+        bearable = self.watch.skip(step)
+        if self.config.on_nan == "skip" and bearable:
+            if self.world.is_main:
+                self.progress.say(f"{what}: this step is skipped")
+                self.metrics.append(self._stamp() | {"step": step, "skipped": what})
             return
-        steps = self.checkpoints.steps()
-        kept = (
-            f"the last good checkpoint is of step {steps[-1]:,}" if steps else "nothing was saved"
-        )
+        if not bearable:
+            what += f", after {self.watch.skipped - 1} skipped in a row"
+        # This step changed nothing: what the weights have learned is still good.
+        self.save_checkpoint()
+        self.world.wait()
+        if not self.world.is_main:  # all come here, one tells
+            raise SystemExit(1)
         raise TrainingError(
-            f"the loss or its gradient is not finite at step {self.state.step + 1:,} "
-            f"(loss {loss}, gradient norm {norm}); {kept}. Try a lower --lr or --precision fp32"
+            f"{what}; {self._saved()}. Try a lower --lr, --precision fp32, or --on-nan skip"
         )
 
-    def _memory_advice(self) -> str:
-        config = self.config
-        micro = config.micro_batch_size or config.batch_size
-        return (
-            f"out of memory at step {self.state.step + 1:,} with {micro} windows of "
-            f"{config.seq_len} tokens at once; lower --micro-batch-size (the result stays the "
-            "same) or --seq-len"
-        )
+    def _saved(self) -> str:
+        steps = self.checkpoints.steps()
+        return f"the last good checkpoint is of step {steps[-1]:,}" if steps else "nothing is saved"
 
     # --- what happens between steps --------------------------------------------------------------
 
@@ -237,13 +281,15 @@ class Trainer:
         per_epoch = self.sampler.steps_per_epoch
         if state.step // per_epoch > (state.step - 1) // per_epoch:
             self._end_epoch()
-        self._show()
         if ended or self._due(config.eval_every, share_before, EVALUATIONS):
-            self._evaluate()
-        if ended or self._due(config.sample_every, share_before, EVALUATIONS // 5):
-            self._sample()
+            with self.eta.interruption("evaluation"):
+                self._evaluate()
+        if ended or self._due(config.sample_every, share_before, SAMPLES):
+            with self.eta.interruption("sample"):
+                self._sample()
         if time.monotonic() - self._last_checkpoint > config.checkpoint_seconds:
             self.save_checkpoint()
+        self._show()
 
     def _due(self, every: int | None, share_before: float, times: int) -> bool:
         """Every so many steps, or so many times a run."""
@@ -253,13 +299,9 @@ class Trainer:
 
     def _record(self) -> None:
         state = self.state
+        if not state.loss_count:  # every step was skipped
+            return
         mean = state.loss_sum / state.loss_count
-        if state.mean_loss is not None and mean > state.mean_loss + SPIKE:
-            self.progress.say(f"loss spike at step {state.step:,}: {mean:.3f}")
-        smooth = 0.9
-        state.mean_loss = (
-            mean if state.mean_loss is None else smooth * state.mean_loss + (1 - smooth) * mean
-        )
         self._last["loss"] = mean
         self.metrics.append(self._stamp() | self._last)
         if self.config.preset == "notebook":  # which showed its progress so
@@ -280,38 +322,61 @@ class Trainer:
     def _end_epoch(self) -> None:
         state = self.state
         epoch = round(state.step / self.sampler.steps_per_epoch)
-        mean = state.epoch_sum / state.epoch_count
+        mean = state.epoch_sum / max(1, state.epoch_count)
         self.metrics.append(self._stamp() | {"epoch": epoch, "epoch_loss": mean})
         self.progress.say(f"epoch {epoch} completed, average loss {mean:.4f}")
         state.epoch_sum, state.epoch_count = 0.0, 0
 
     def _show(self) -> None:
         state = self.state
-        mean = state.loss_sum / state.loss_count if state.loss_count else self._last["loss"]
+        mean = state.loss_sum / state.loss_count if state.loss_count else self.watch.usual_loss
         figures = {
             "step": f"{state.step:,}" + (f"/{self.total_steps:,}" if self.total_steps else ""),
-            "loss": f"{mean:.3f}",
+            "loss": "-" if mean is None else f"{mean:.3f}",
             "": f"{state.tokens / max(state.elapsed, 1e-9) / 1000:.1f}k tokens/s",
         }
-        spent = time.monotonic() - self._session_start
-        done = self.share - self._session_share
-        if done > 0:
-            figures["left"] = duration(spent / done * (1 - self.share))
+        if (left := self.seconds_left()) is not None:
+            figures["left"] = duration(left)
         self.progress.update(self.share, figures)
+
+    def seconds_left(self) -> float | None:
+        """Until the run is evaluated on the whole validation split; None while unknown."""
+        config, share, eta = self.config, self.share, self.eta
+        steps = eta.steps(share)
+        evaluations = self._times_left(config.eval_every, EVALUATIONS)
+        samples = self._times_left(config.sample_every, SAMPLES)
+        if config.minutes is not None:  # which the clock ends, whatever fills them
+            steps = max(0.0, config.minutes * 60 - self.state.elapsed)
+            evaluations = samples = 1 if share < 1.0 else 0
+        if steps is None:
+            return None
+        valid = len(self.dataset.valid)
+        last = eta.cost("first evaluation", "evaluation") * valid / min(config.eval_tokens, valid)
+        between = evaluations * eta.cost("evaluation", "first evaluation")
+        return steps + between + samples * eta.cost("sample") + last
+
+    def _times_left(self, every: int | None, times: int) -> int:
+        """How often something `_due` is still to come, the last time at the end of the run."""
+        if every is None or self.total_steps is None or self.share >= 1.0:
+            return times - math.floor(self.share * times)
+        return math.ceil(self.total_steps / every) - self.state.step // every
 
     @property
     def _unk_id(self) -> int | None:
         return self.dataset.tokenizer.unk_id
 
-    def _evaluate(self) -> None:
-        """Loss on a fixed part of the validation split; keeps the weights if they are the best."""
+    def _evaluate(self, precise: bool = False) -> None:
+        """Loss on a fixed part of the validation split; keeps the weights if they are the best.
+
+        Computed in the precision of training, or in fp32 if ``precise``.
+        """
         state = self.state
         options: dict[str, Any] = {
             "eos_id": self.dataset.tokenizer.eos_id,
             "unk_id": self._unk_id,
             "seq_len": self.config.seq_len,
             "limit": self.config.eval_tokens,
-            "device": self.device,
+            "device": None if precise else self.device,
         }
         totals = evaluate(self.model, self.dataset.valid.ids, **options)
         record = {"valid_loss": totals.loss, "valid_top1": totals.top1 / totals.tokens}
@@ -348,31 +413,31 @@ class Trainer:
             yield ids or [self.dataset.tokenizer.eos_id]
 
     def save_checkpoint(self) -> None:
-        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+        """Writes everything the run needs to go on; only rank 0 does.
+
+        Raises:
+            InputError: the disk is full or not writable; earlier checkpoints are untouched.
+            TrainingError: the weights are not finite, so that going on from here is in vain.
+        """
+        if not self.world.is_main:
+            return
+        weights = self.model.state_dict()
+        if not all(bool(t.isfinite().all()) for t in weights.values()):
+            raise TrainingError(
+                f"the weights are not finite after step {self.state.step:,}; {self._saved()}. "
+                "Try a lower --lr"
+            )
+        tensors = {f"model.{n}": t for n, t in weights.items()}
         tensors |= {f"optim.{n}": t for n, t in self.optimizer.state_tensors().items()}
-        self.checkpoints.save(Checkpoint(self.state.step, tensors, vars(self.state).copy()))
+        state = vars(self.state) | {
+            "loss_scale": vars(self.step.scale),
+            "watch": vars(self.watch),
+            "conditions": self._conditions(),
+        }
+        self.checkpoints.save(Checkpoint(self.state.step, tensors, state))
         self._last_checkpoint = time.monotonic()
 
     def finish(self) -> None:
         """Draws the plot; the weights kept are the best, not the last."""
         title = f"{self.config.preset}: {self.model.parameter_count():,} parameters"
         plot_loss(self.metrics, self.folder / "loss.png", title)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Lets SIGINT and SIGTERM ask for a stop after the present step; a second one is obeyed."""
-
-        def ask(signum: int, frame: object) -> None:
-            self._stop = signum
-            signal.signal(signum, old[signum])
-            self.progress.say("stopping after this step; once more to stop at once")
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old: dict[int, Any] = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in old.items():
-                signal.signal(signum, handler)

@@ -76,13 +76,21 @@ def _hash_file(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds ``folder`` for this process; a killed process lets go by itself."""
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Holds ``folder`` for this process; a killed process lets go by itself.
+
+    Raises:
+        InputError: another process holds it, and ``wait`` is False.
+    """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOCK_NAME).touch()
     with open(folder / LOCK_NAME, "r+b") as file:
         if not _lock(file, wait=False):
+            if not wait:
+                raise InputError(
+                    f"another process is at work in {folder}; let it end, or choose another folder"
+                )
             print(f"waiting for another run that prepares {folder}", file=sys.stderr, flush=True)
             _lock(file, wait=True)
         yield

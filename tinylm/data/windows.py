@@ -83,9 +83,11 @@ class WindowSampler:
     def steps_per_epoch(self) -> float:
         return self.windows / self.batch_size
 
-    def starts(self, step: int) -> np.ndarray:
-        """First tokens of the windows of one batch (int64, B)."""
-        sample = np.arange(step * self.batch_size, (step + 1) * self.batch_size, dtype=np.int64)
+    def starts(self, step: int, share: int = 0, shares: int = 1) -> np.ndarray:
+        """First tokens of the windows of one batch (int64, B), or of one of its equal shares."""
+        size = self.batch_size // shares
+        first = step * self.batch_size + share * size
+        sample = np.arange(first, first + size, dtype=np.int64)
         epoch, index = np.divmod(sample, self.windows)
         starts = np.empty_like(sample)
         for e in np.unique(epoch):
@@ -95,8 +97,11 @@ class WindowSampler:
             starts[chosen] = shuffled(index[chosen], self.windows, key) * self.stride + shift
         return starts
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and their next tokens of one step, both int64 (B, T)."""
+    def batch(self, step: int, share: int = 0, shares: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and their next tokens of one step, both int64 (B, T).
+
+        Where several processes divide the batch, each takes a share, (B / shares, T).
+        """
         window = np.arange(self.seq_len + 1)
-        ids = self.tokens[self.starts(step)[:, None] + window].astype(np.int64)
+        ids = self.tokens[self.starts(step, share, shares)[:, None] + window].astype(np.int64)
         return ids[:, :-1], ids[:, 1:]
