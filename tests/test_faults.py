@@ -34,6 +34,14 @@ MakeConfig = Callable[..., TrainConfig]
 ALWAYS = 1e-9  # seconds between checkpoints: one after every step
 
 
+@pytest.fixture
+def small_run(small_run: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
+    """With little but training in it."""
+    monkeypatch.setattr(trainer_module, "plot_loss", lambda *args: None)
+    quick = {"eval_every": 5, "sample_every": 20}
+    return lambda *preset, **options: small_run(*preset, **(quick | options))
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """Puts a NaN into a gradient of the steps whose number is in ``calls``, counted from 1."""
     plain, count = TrainStep._clip, iter(range(1, 10**9))
@@ -156,7 +164,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_saved(
         with pytest.raises(InputError) as failure:
             train(small_run(out=str(tmp_path / "cut"), **options), quiet=True)
     text = str(failure.value)
-    assert "model.safetensors: the disk is full" in text  # of step 3, the best so far
+    assert "step-00000003.safetensors: the disk is full" in text
     assert "the last good checkpoint is of step 2" in text
     assert not list((tmp_path / "cut").rglob(".*.tmp"))
     train(small_run(out=str(tmp_path / "cut"), **options), quiet=True)
@@ -381,16 +389,17 @@ def test_memory_stays_flat(
 
     def measured(self: Trainer, share: float) -> None:
         plain(self, share)
-        if self.state.step in (300, 1000):
+        if self.state.step in (200, 1000):
             seen[self.state.step] = memory()
 
     monkeypatch.setattr(Trainer, "_train_step", measured)
     config = small_run(
-        steps=1001, d_model=8, n_heads=2, n_layers=1, eval_tokens=16, sample_every=200,
+        steps=1001, d_model=8, n_heads=2, n_layers=1, eval_every=50, eval_tokens=16,
+        sample_every=100, seq_len=8, batch_size=4,
         checkpoint_seconds=0.2, log_every=100,
     )  # fmt: skip
     train(config, quiet=True)
-    assert seen[1000][1] == seen[300][1]
-    assert seen[1000][0] - seen[300][0] < 4.0
+    assert seen[1000][1] == seen[200][1]
+    assert seen[1000][0] - seen[200][0] < 4.0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().split("\n")) < 60
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["loss"] > 0

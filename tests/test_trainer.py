@@ -139,8 +139,8 @@ def test_a_folder_of_another_configuration_is_refused(
     for fresh in (False, True):
         with pytest.raises(InputError, match="is not a run folder"):
             train(small_run(out=str(tmp_path / "other")), quiet=True, fresh=fresh)
+        file = str(tmp_path / "other" / "thesis.txt")
         with pytest.raises(InputError, match="is a file"):
-            file = str(tmp_path / "other" / "thesis.txt")
             train(small_run(out=file), quiet=True, fresh=fresh)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
 
