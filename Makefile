@@ -52,11 +52,11 @@ fuzz: $(FUZZERS:%=build/fuzz/%)
 	    -artifact_prefix=build/fuzz/$$name- build/fuzz/corpus/$$name || exit 1; \
 	done
 
-build/fuzz/%: $(wildcard csrc/*.* csrc/fuzz/*)
+build/fuzz/%: $(wildcard csrc/*.* csrc/fuzz/* csrc/simd/*)
 	mkdir -p build/fuzz build/generated
 	$(PYTHON) csrc/generate_unicode_tables.py build/generated
 	clang++ $(FUZZ_FLAGS) -DTINYLM_PATTERN=$(lastword $(subst -, ,$*)) \
-	  csrc/fuzz/fuzz_$(firstword $(subst -, ,$*)).cpp csrc/*.cpp -o $@ -lpthread
+	  csrc/fuzz/fuzz_$(firstword $(subst -, ,$*)).cpp csrc/*.cpp csrc/simd/*.cpp -o $@ -lpthread
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -23,6 +23,15 @@ namespace tinylm {
 
 constexpr std::size_t kMaxShortWord = 15;
 
+// A table starts with 2^kFirstSlotBits slots. Short inputs are to reach all the code.
+#ifdef TINYLM_FUZZING
+constexpr int kFirstSlotBits = 1;
+constexpr std::size_t kArenaChunk = 64;
+#else
+constexpr int kFirstSlotBits = 10;
+constexpr std::size_t kArenaChunk = 1 << 18;
+#endif
+
 struct ShortKey {
   std::uint64_t low, high;
 };
@@ -61,15 +70,27 @@ inline std::uint64_t mix(std::uint64_t low, std::uint64_t high) {
 
 inline std::uint64_t short_hash(ShortKey key) { return mix(key.low, key.high); }
 
-// Of a word of at least 8 bytes.
+// The two halves of the product, one on the other.
+inline std::uint64_t fold(std::uint64_t a, std::uint64_t b) {
+#if defined(__SIZEOF_INT128__)
+  __extension__ using Wide = unsigned __int128;
+  const Wide product = static_cast<Wide>(a) * b;
+  return static_cast<std::uint64_t>(product >> 64) ^ static_cast<std::uint64_t>(product);
+#else
+  return mix(a, b) ^ mix(b, a) >> 32;
+#endif
+}
+
+// Of a word of at least 16 bytes, 16 at a time, of which the last may have been seen before.
 inline std::uint64_t long_hash(const char* word, std::size_t size) {
-  std::uint64_t hash = size, chunk;
-  for (std::size_t at = 0; at + 8 < size; at += 8) {
-    std::memcpy(&chunk, word + at, 8);
-    hash = mix(chunk, hash >> 32 ^ hash);
-  }
-  std::memcpy(&chunk, word + size - 8, 8);
-  return mix(chunk, hash >> 32 ^ hash);
+  std::uint64_t hash = size, chunk[2];
+  const auto add = [&](const char* bytes) {
+    std::memcpy(chunk, bytes, 16);
+    hash = fold(chunk[0] ^ hash, chunk[1] ^ 0x9E3779B97F4A7C15u);
+  };
+  for (std::size_t at = 0; at + 16 < size; at += 16) add(word + at);
+  add(word + size - 16);
+  return mix(hash, hash >> 32);
 }
 
 inline void prefetch(const void* address) {
@@ -85,7 +106,7 @@ class TextArena {
  public:
   const char* add(const char* text, std::size_t size) {
     if (size > left_) {
-      const std::size_t chunk = std::max(size, kChunk);
+      const std::size_t chunk = std::max(size, kArenaChunk);
       chunks_.push_back(std::unique_ptr<char[]>(new char[chunk]));
       free_ = chunks_.back().get();
       left_ = chunk;
@@ -98,7 +119,6 @@ class TextArena {
   }
 
  private:
-  static constexpr std::size_t kChunk = 1 << 18;
   std::vector<std::unique_ptr<char[]>> chunks_;
   char* free_ = nullptr;
   std::size_t left_ = 0;
@@ -139,7 +159,8 @@ class WordTable {
       const char* const text = texts_.add(word, size);
       slot = &long_.add(slot, hash, is_word(word, size, hash));
       slot->text = text;
-      slot->size = size;
+      slot->size = static_cast<std::uint32_t>(size);
+      slot->top_of_hash = static_cast<std::uint32_t>(hash >> 32);
     }
     return slot->value;
   }
@@ -178,17 +199,17 @@ class WordTable {
   };
   struct LongSlot {
     const char* text;
-    std::size_t size;
+    std::uint32_t size;         // no word has 2^32 bytes
+    std::uint32_t top_of_hash;  // more slots than these bits can tell apart would take 100 GB
     Value value;
     bool is_free() const { return size == 0; }
-    std::uint64_t hash() const { return long_hash(text, size); }
+    std::uint64_t hash() const { return static_cast<std::uint64_t>(top_of_hash) << 32; }
   };
 
   template <class Slot>
   struct Slots {
-    static constexpr int kFirstBits = 10;
-    SlotArray<Slot> slots{std::size_t{1} << kFirstBits};
-    int shift = 64 - kFirstBits;  // there are 2^(64 - shift) slots
+    SlotArray<Slot> slots{std::size_t{1} << kFirstSlotBits};
+    int shift = 64 - kFirstSlotBits;  // there are 2^(64 - shift) slots
     std::size_t count = 0;
 
     const Slot& at(std::uint64_t hash) const { return slots[hash >> shift]; }
@@ -234,9 +255,10 @@ class WordTable {
       return ((slot.key.low ^ key.low) | (slot.key.high ^ key.high)) == 0;
     };
   }
-  static auto is_word(const char* word, std::size_t size, std::uint64_t) {
-    return [word, size](const LongSlot& slot) {
-      return slot.size == size && std::memcmp(slot.text, word, size) == 0;
+  static auto is_word(const char* word, std::size_t size, std::uint64_t hash) {
+    return [word, size, top = static_cast<std::uint32_t>(hash >> 32)](const LongSlot& slot) {
+      return slot.top_of_hash == top && slot.size == size &&
+             std::memcmp(slot.text, word, size) == 0;
     };
   }
 

@@ -16,8 +16,9 @@ namespace {
 
 constexpr std::size_t kMaxPiece = std::size_t{1} << 30;
 
-// Vector code is tried again after so many code points that are not all ASCII.
-constexpr int kRetryAfter = 16;
+// Vector code is tried again after so many units that are not all ASCII, the fewer the more of them
+// it managed the last time.
+constexpr std::size_t kMinPatience = 16, kMaxPatience = 128;
 
 // The sigma in [begin, end) is a final one if, case-ignorable characters skipped, a cased letter
 // stands before it and none after it. The whole text counts, across separators and pieces. Every
@@ -56,8 +57,9 @@ inline char* lower_one(const Text& text, const LowerTable& table, std::size_t& a
   const std::size_t begin = at;
   const std::uint32_t c = text.next(at);
   if (c < table.size()) {
-    std::memcpy(out, &table[c], sizeof(Lowered));  // the size too, to be written over
-    if (table[c].size != 0) return out + table[c].size;
+    const Lowered lowered = table[c];
+    std::memcpy(out, &lowered, sizeof lowered);  // the size too, to be written over
+    if (lowered.size != 0) return out + lowered.size;
     if (c == kCapitalSigma) return encode_utf8(lower_sigma(text, begin, at), out);
   }
   return write_lower(c, out);
@@ -67,13 +69,17 @@ inline char* lower_one(const Text& text, const LowerTable& table, std::size_t& a
 template <class Text>
 char* lower_piece(const Text& text, std::size_t begin, std::size_t end, char* out) {
   const WordKernels& kernels = word_kernels();
+  std::size_t patience = kMinPatience;
   for (std::size_t at = begin;;) {
     const std::size_t mapped = map_ascii(kernels, text.data + at, end - at, out);
     at += mapped;
     out += mapped;
     if (at >= end) return out;  // beyond it if the bytes have changed meanwhile
+    patience = mapped > kMinPatience ? kMinPatience : std::min(2 * patience, kMaxPatience);
     const LowerTable& table = lower_table();
-    for (int i = 0; i < kRetryAfter && at < end; ++i) out = lower_one(text, table, at, out);
+    for (const std::size_t stop = std::min(end, at + patience); at < stop;) {
+      out = lower_one(text, table, at, out);
+    }
   }
 }
 
@@ -126,7 +132,7 @@ InvalidUtf8 find_invalid(const std::vector<TextView>& texts, const std::vector<T
 }
 
 void WordFinder::reserve(std::size_t units, std::size_t bytes) {
-  if (units > kMaxPiece) throw std::length_error("a word has more than 2**30 characters");
+  if (units >= kMaxPiece) throw std::length_error("a word has 2**30 characters or more");
   if (bytes > bytes_) {
     bytes_ = 0;
     buffer_.reset(new char[bytes]);

@@ -1,11 +1,16 @@
 """Checks and cuts what both tokenizers are given: several texts, a number of threads."""
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from tinylm.errors import InputError
 
 Errors = Literal["strict", "replace"]
+
+# A string, or its UTF-8 in anything that lends its bytes.
+Text = str | bytes | bytearray | memoryview | mmap.mmap
+AnyText = TypeVar("AnyText", bound=Text)
 
 BATCH_CHARACTERS = 1 << 23  # handed on at once: enough to keep all threads busy
 
@@ -16,16 +21,18 @@ def check_threads(threads: int | None) -> None:
         raise InputError(f"threads is {threads}; it must be at least 1, or None for all")
 
 
-def check_texts(texts: Iterable[str]) -> None:
-    """Raises `InputError` for a single string, whose characters would pass for texts."""
+def check_texts(texts: Iterable[Text]) -> None:
+    """Raises `InputError` for a single text, whose characters or bytes would pass for texts."""
     if isinstance(texts, str):
         raise InputError("texts is one string; it must be a list of strings")
+    if isinstance(texts, (bytes, bytearray, memoryview, mmap.mmap)):
+        raise InputError(f"texts is one {type(texts).__name__}; it must be a list of texts")
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[AnyText]) -> Iterator[list[AnyText]]:
     """``texts`` in lists of about ``BATCH_CHARACTERS``. Raises as `check_texts`."""
     check_texts(texts)
-    batch: list[str] = []
+    batch: list[AnyText] = []
     characters = 0
     for text in texts:
         batch.append(text)
