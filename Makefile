@@ -60,21 +60,21 @@ build/fuzz/%: $(wildcard csrc/*.* csrc/fuzz/* csrc/simd/*)
 	  csrc/fuzz/fuzz_$(firstword $(subst -, ,$*)).cpp csrc/*.cpp csrc/simd/*.cpp -o $@ -lpthread
 
 # A build and a copy of the package of its own. The sanitizers have to be there before Python, and
-# they cannot be short of memory. SANITIZE_PYTHON is to have pytest and what the tests need.
-SANITIZE_PYTHON ?= $(BIN)/python
+# they cannot be short of memory. SANITIZE_PYTHON has what the tests need.
+SANITIZE_PYTHON ?= $(CURDIR)/$(BIN)/python
 SANITIZE_TESTS := $(wildcard tests/test_word_*.py tests/test_tokenizer_*.py tests/test_bpe_*.py) \
 	tests/test_special_tokens.py tests/test_split_patterns.py tests/test_long_calls.py
 
-sanitize: $(if $(filter $(BIN)/python,$(SANITIZE_PYTHON)),$(VENV)/installed-test)
+sanitize: $(if $(filter $(CURDIR)/%,$(SANITIZE_PYTHON)),$(VENV)/installed-test)
 	rm -rf build/sanitize && mkdir -p build/sanitize/tinylm
 	cp -r $(filter-out %.so,$(wildcard tinylm/*)) build/sanitize/tinylm
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
 	  LDFLAGS="-fsanitize=address,undefined" TINYLM_REQUIRE_EXT=1 $(SANITIZE_PYTHON) setup.py -q \
 	  build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) \
-	  $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize PYTHONSAFEPATH=1 $(SANITIZE_PYTHON) -m pytest -q \
-	  -k "not too_little_memory and not tensor" -p no:cacheprovider $(SANITIZE_TESTS)
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) \
+	  $$(gcc -print-file-name=libstdc++.so)" $(SANITIZE_PYTHON) -m pytest -q \
+	  -k "not too_little_memory and not tensor" -p no:cacheprovider $(SANITIZE_TESTS:%=../../%)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

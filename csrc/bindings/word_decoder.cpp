@@ -188,7 +188,8 @@ py::object decode_list(const WordDecoder& decoder, const py::list& list,
     if (i % kSignalCheckIds == kSignalCheckIds - 1 && PyErr_CheckSignals() != 0) {
       throw py::error_already_set();
     }
-    const auto item = py::reinterpret_borrow<py::object>(list[i]);
+    const auto item =
+        py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i)));
     int overflow = 0;
     const long long id = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
     if (id == -1 && overflow == 0 && PyErr_Occurred()) throw py::error_already_set();
