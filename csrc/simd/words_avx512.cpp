@@ -41,7 +41,7 @@ TINYLM_AVX512 inline Block load_block(const std::uint16_t* in, std::size_t n) {
   const std::uint64_t wide = _mm512_test_epi16_mask(a, high) |
                              static_cast<std::uint64_t>(_mm512_test_epi16_mask(b, high)) << 32;
   return {_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)),
-                                   _mm512_cvtepi16_epi8(b), 1),
+                             _mm512_cvtepi16_epi8(b), 1),
           wide};
 }
 
@@ -54,8 +54,7 @@ TINYLM_AVX512 inline Block load_block(const std::uint32_t* in, std::size_t n) {
     const __m512i v =
         _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask >> (16 * i)), in + 16 * i);
     wide |= static_cast<std::uint64_t>(_mm512_test_epi32_mask(v, high)) << (16 * i);
-    _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * i),
-                    _mm512_cvtepi32_epi8(v));
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * i), _mm512_cvtepi32_epi8(v));
   }
   return {_mm512_load_si512(bytes), wide};
 }
@@ -89,8 +88,7 @@ TINYLM_AVX512 std::uint32_t* find_bounds(const char* text, std::size_t size, std
     const __m512i places = _mm512_maskz_compress_epi8(changes, numbers);
     const __m512i base = _mm512_set1_epi32(static_cast<int>(block));
     const auto store = [&](int i, __m128i sixteen) __attribute__((target("avx512f"))) {
-      _mm512_storeu_si512(out + 16 * i,
-                          _mm512_add_epi32(base, _mm512_cvtepu8_epi32(sixteen)));
+      _mm512_storeu_si512(out + 16 * i, _mm512_add_epi32(base, _mm512_cvtepu8_epi32(sixteen)));
     };
     const auto count = static_cast<std::size_t>(_mm_popcnt_u64(changes));
     store(0, _mm512_castsi512_si128(places));
