@@ -67,7 +67,7 @@ def test_any_texts_equal_the_reference(texts, threads):
 
 
 def test_code_points():
-    """One text each, of 1, 2 or 4 bytes a character as the code point asks; beyond, few are assigned."""
+    """One text each, of 1, 2 or 4 bytes a character; few of the last ones are assigned."""
     context = "x{0}, A{0}Σ, AΣ{0}b, {0}Y A.{0}Σ'"  # a comma ends the search for a sigma's context
     codes = [*range(0x20000), *range(0x20000, 0x110000, 16)]
     texts = [context.format(chr(c)) for c in codes]
