@@ -3,6 +3,7 @@
 # make kill: kill training runs KILLS times at random moments; none may lose a bit
 # make fuzz: feed the tokenizers and the readers of their files with made-up input for FUZZ_SECONDS
 #            each; needs clang
+# make sanitize: run the tests of the tokenizers under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 MINUTES ?= 3
 FUZZ_SECONDS ?= 60
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint format bench kill fuzz clean
+.PHONY: demo test lint format bench kill fuzz sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tinylm doctor
@@ -64,6 +65,23 @@ build/fuzz/%: $(wildcard csrc/*.* csrc/fuzz/* csrc/simd/*)
 	$(PYTHON) csrc/generate_unicode_tables.py build/generated
 	clang++ $(FUZZ_FLAGS) -DTINYLM_PATTERN=$(lastword $(subst -, ,$*)) \
 	  csrc/fuzz/fuzz_$(firstword $(subst -, ,$*)).cpp csrc/*.cpp csrc/simd/*.cpp -o $@ -lpthread
+
+# A build and a copy of the package of its own. The sanitizers have to be there before Python, and
+# they cannot be short of memory. SANITIZE_PYTHON has what the tests need.
+SANITIZE_PYTHON ?= $(CURDIR)/$(BIN)/python
+SANITIZE_TESTS := $(wildcard tests/test_word_*.py tests/test_tokenizer_*.py tests/test_bpe_*.py) \
+	tests/test_special_tokens.py tests/test_split_patterns.py tests/test_long_calls.py
+
+sanitize: $(if $(filter $(CURDIR)/%,$(SANITIZE_PYTHON)),$(VENV)/installed-test)
+	rm -rf build/sanitize && mkdir -p build/sanitize/tinylm
+	cp -r $(filter-out %.so,$(wildcard tinylm/*)) build/sanitize/tinylm
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	  LDFLAGS="-fsanitize=address,undefined" TINYLM_REQUIRE_EXT=1 $(SANITIZE_PYTHON) setup.py -q \
+	  build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) \
+	  $$(gcc -print-file-name=libstdc++.so)" $(SANITIZE_PYTHON) -m pytest -q \
+	  -k "not too_little_memory and not tensor" -p no:cacheprovider $(SANITIZE_TESTS:%=../../%)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -48,17 +48,17 @@ struct PieceGroup {
       const std::size_t bytes = ends[i] - begin;
       begin = ends[i];
       pieces[i] = std::string_view(at, bytes);
-      if (bytes > ShortPiece::kMaxBytes) continue;
-      const bool is_readable = text_end - at >= std::ptrdiff_t{ShortPiece::kReadBytes};
-      keys[i] = is_readable ? ShortPiece::read(at, bytes) : ShortPiece::copy(at, bytes);
-      hashes[i] = keys[i].hash();
+      if (bytes > kMaxShortKey) continue;
+      const bool is_readable = text_end - at >= std::ptrdiff_t{sizeof(ShortKey)};
+      keys[i] = is_readable ? short_key(at, bytes) : short_key_exactly(at, bytes);
+      hashes[i] = short_hash(keys[i]);
       cache.prefetch(hashes[i]);
     }
   }
 
   std::size_t count = 0;
   std::string_view pieces[kSize];
-  ShortPiece keys[kSize];  // of the short ones
+  ShortKey keys[kSize];  // of the short ones
   std::uint64_t hashes[kSize];
 };
 
@@ -177,7 +177,7 @@ Id* BpeModel::encode_pieces(const Splitter& splitter, std::string_view text, Scr
     groups[(number + 1) % 2].read(splitter, (number + 1) * PieceGroup::kSize, text, cache);
     for (std::size_t i = 0; i < group.count; ++i) {
       const std::string_view piece = group.pieces[i];
-      const bool is_short = piece.size() <= ShortPiece::kMaxBytes;
+      const bool is_short = piece.size() <= kMaxShortKey;
       if (is_short) {
         if (const auto* const slot = cache.find(group.keys[i], group.hashes[i])) {
           // A copy of known size is quicker than one of just the ids there are.
@@ -208,7 +208,7 @@ Id* BpeModel::encode_new_piece(std::string_view piece, Scratch& scratch, Id* out
   std::vector<TokenId>& merged = scratch.merged;
   merged.clear();
   merge_piece(piece, scratch, merged, watch);
-  const bool is_short = piece.size() <= ShortPiece::kMaxBytes && merged.size() <= kMaxIds;
+  const bool is_short = piece.size() <= kMaxShortKey && merged.size() <= kMaxIds;
   if (may_be_kept && !is_short) {
     scratch.long_pieces.insert(piece, merged.data(), merged.size());
   }

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "memory.hpp"
+
 namespace tinylm {
 
 namespace {
@@ -13,14 +15,6 @@ namespace {
 constexpr std::size_t kPollWords = std::size_t{1} << 12;
 // So many words ahead, the next is fetched from memory.
 constexpr std::size_t kFetchAhead = 12;
-
-void prefetch(const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address);
-#else
-  (void)address;
-#endif
-}
 
 }  // namespace
 

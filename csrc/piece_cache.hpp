@@ -10,71 +10,11 @@
 #include <utility>
 #include <vector>
 
-#include "huge_pages.hpp"
+#include "memory.hpp"
 #include "pair_map.hpp"
+#include "short_key.hpp"
 
 namespace tinylm {
-
-// Where the bytes of a short piece are in two words, by how many there are.
-struct ShortPieceMasks {
-  std::uint64_t low[16] = {};
-  std::uint64_t high[16] = {};
-  int count_shift = 0;  // of the last byte
-};
-
-constexpr ShortPieceMasks make_short_piece_masks() {
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-  constexpr bool kIsLittleEndian = false;
-#else
-  constexpr bool kIsLittleEndian = true;
-#endif
-  ShortPieceMasks masks;
-  masks.count_shift = kIsLittleEndian ? 56 : 0;
-  for (std::size_t bytes = 0; bytes < 16; ++bytes) {
-    for (std::size_t i = 0; i < bytes; ++i) {
-      std::uint64_t& word = i < 8 ? masks.low[bytes] : masks.high[bytes];
-      word |= std::uint64_t{0xFF} << 8 * (kIsLittleEndian ? i % 8 : 7 - i % 8);
-    }
-  }
-  return masks;
-}
-
-inline constexpr ShortPieceMasks kShortPieceMasks = make_short_piece_masks();
-
-// A piece of 1 to kMaxBytes bytes: the bytes, zeros, and in the last byte how many there are, so
-// that no key is zero and equal keys are equal pieces.
-struct ShortPiece {
-  static constexpr std::size_t kMaxBytes = 15;
-  static constexpr std::size_t kReadBytes = 16;
-
-  // Reads kReadBytes from `begin` on.
-  static ShortPiece read(const char* begin, std::size_t bytes) {
-    std::uint64_t words[2];
-    std::memcpy(words, begin, sizeof(words));
-    return {words[0] & kShortPieceMasks.low[bytes],
-            (words[1] & kShortPieceMasks.high[bytes]) | std::uint64_t{bytes}
-                                                            << kShortPieceMasks.count_shift};
-  }
-
-  // Reads `bytes` only.
-  static ShortPiece copy(const char* begin, std::size_t bytes) {
-    char filled[kReadBytes] = {};
-    std::memcpy(filled, begin, bytes);
-    return read(filled, bytes);
-  }
-
-  bool operator==(const ShortPiece& other) const {
-    return ((low ^ other.low) | (high ^ other.high)) == 0;
-  }
-
-  std::uint64_t hash() const {
-    const std::uint64_t mixed = (low ^ high * 0x9E3779B97F4A7C15u) * 0xD6E8FEB86659FD93u;
-    return mixed ^ mixed >> 32;
-  }
-
-  std::uint64_t low = 0;
-  std::uint64_t high = 0;  // zero in no piece
-};
 
 // Ids of short pieces, where there are few. Two places for each piece, in one cache line. It grows
 // up to a bound; then new pieces take the places of others.
@@ -84,57 +24,53 @@ class ShortPieceCache {
   static constexpr std::size_t kMaxIds = 16 / sizeof(Id) - 1;
 
   struct Slot {
-    ShortPiece piece;
+    ShortKey key;
     Id ids[kMaxIds];
     Id count;
   };
 
   // Has a piece's slot brought near while other work is done.
-  void prefetch(std::uint64_t hash) const {
-#if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch(&buckets_[index_of(hash)]);
-#endif
-  }
+  void prefetch(std::uint64_t hash) const { tinylm::prefetch(&buckets_[index_of(hash)]); }
 
-  // The slot of `piece`, whose hash is `hash`, or nullptr. Constant time.
-  const Slot* find(const ShortPiece& piece, std::uint64_t hash) const {
+  // The slot of a piece with this key, whose hash is `hash`, or nullptr. Constant time.
+  const Slot* find(const ShortKey& key, std::uint64_t hash) const {
     const std::size_t index = index_of(hash);
     const Bucket& bucket = buckets_[index];
-    const bool is_first = bucket.slots[0].piece == piece;
-    const bool is_second = bucket.slots[1].piece == piece;
+    const bool is_first = bucket.slots[0].key == key;
+    const bool is_second = bucket.slots[1].key == key;
     if (is_first | is_second) return &bucket.slots[is_second];
-    return bucket.is_full() ? find_in(buckets_[index ^ 1], piece) : nullptr;
+    return bucket.is_full() ? find_in(buckets_[index ^ 1], key) : nullptr;
   }
 
   // Keeps `count` <= kMaxIds ids of a piece that is not there.
-  void insert(const ShortPiece& piece, const Id* ids, std::size_t count) {
-    if (size_ > buckets_.size() && buckets_.size() < kMaxBuckets) grow();
-    Slot slot = {piece, {}, static_cast<Id>(count)};
+  void insert(const ShortKey& key, const Id* ids, std::size_t count) {
+    if (size_ > buckets_.size() && bits_ < kMaxBits) grow();
+    Slot slot = {key, {}, static_cast<Id>(count)};
     std::copy(ids, ids + count, slot.ids);
     put(slot);
   }
 
  private:
 #ifdef TINYLM_FUZZING
-  static constexpr std::size_t kMinBuckets = 2, kMaxBuckets = 8;  // so that they are full soon
+  static constexpr int kMinBits = 1, kMaxBits = 3;  // so that it is full soon
 #else
-  static constexpr std::size_t kMinBuckets = std::size_t{1} << 10;  // 64 KiB
-  static constexpr std::size_t kMaxBuckets = std::size_t{1} << 18;  // 16 MiB
+  static constexpr int kMinBits = 10, kMaxBits = 18;  // of the number of buckets: 64 KiB to 16 MiB
 #endif
+  static constexpr int kGrowthBits = 2;
 
   struct alignas(64) Bucket {
     Slot slots[2] = {};
 
     // The second slot is filled last.
-    bool is_full() const { return slots[1].piece.high != 0; }
+    bool is_full() const { return slots[1].key.high != 0; }
   };
   using Buckets = std::vector<Bucket, HugePageAllocator<Bucket>>;
 
-  std::size_t index_of(std::uint64_t hash) const { return hash & (buckets_.size() - 1); }
+  std::size_t index_of(std::uint64_t hash) const { return hash >> (64 - bits_); }
 
-  static const Slot* find_in(const Bucket& bucket, const ShortPiece& piece) {
+  static const Slot* find_in(const Bucket& bucket, const ShortKey& key) {
     for (const Slot& slot : bucket.slots) {
-      if (slot.piece == piece) return &slot;
+      if (slot.key == key) return &slot;
     }
     return nullptr;
   }
@@ -142,24 +78,26 @@ class ShortPieceCache {
   // In its bucket, or else the one beside it, which the processor tends to fetch with it. Pieces
   // that came early are common ones, so the last slot is the one that is given to another.
   void put(const Slot& slot) {
-    const std::size_t index = index_of(slot.piece.hash());
+    const std::size_t index = index_of(short_hash(slot.key));
     Bucket& bucket = buckets_[buckets_[index].is_full() ? index ^ 1 : index];
     size_ += !bucket.is_full();
-    bucket.slots[bucket.slots[0].piece.high != 0] = slot;
+    bucket.slots[bucket.slots[0].key.high != 0] = slot;
   }
 
   void grow() {
-    Buckets old(4 * buckets_.size());
+    bits_ += kGrowthBits;
+    Buckets old(std::size_t{1} << bits_);
     old.swap(buckets_);
     size_ = 0;
     for (const Bucket& bucket : old) {
       for (const Slot& slot : bucket.slots) {
-        if (slot.piece.high != 0) put(slot);
+        if (slot.key.high != 0) put(slot);
       }
     }
   }
 
-  Buckets buckets_ = Buckets(kMinBuckets);
+  int bits_ = kMinBits;
+  Buckets buckets_ = Buckets(std::size_t{1} << kMinBits);
   std::size_t size_ = 0;
 };
 

@@ -36,7 +36,7 @@ class PieceCounter::Batch {
   bool is_full() const { return short_count_ == kSize || long_count_ == kSize; }
 
   void add(std::string_view piece) {
-    if (piece.size() > kMaxShortWord) {
+    if (piece.size() > kMaxShortKey) {
       long_[long_count_++] = piece;
       long_bytes_ += piece.size();
       return;
@@ -63,9 +63,7 @@ class PieceCounter::Batch {
   ShortKey key_of(std::string_view piece) const {
     const auto room = static_cast<std::size_t>(text_end_ - piece.data());
     if (room >= sizeof(ShortKey)) return short_key(piece.data(), piece.size());
-    char padded[sizeof(ShortKey)] = {};
-    std::copy(piece.begin(), piece.end(), padded);
-    return short_key(padded, piece.size());
+    return short_key_exactly(piece.data(), piece.size());
   }
 
   PieceTable& table_;

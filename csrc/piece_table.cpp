@@ -9,10 +9,8 @@ bool is_full(std::size_t used, std::size_t slots) { return 3 * used > 2 * slots;
 }  // namespace
 
 void PieceTable::add(std::string_view piece, std::int64_t count) {
-  if (piece.size() > kMaxShortWord) return add_long(piece, count);
-  char padded[sizeof(ShortKey)] = {};
-  std::memcpy(padded, piece.data(), piece.size());
-  const ShortKey key = short_key(padded, piece.size());
+  if (piece.size() > kMaxShortKey) return add_long(piece, count);
+  const ShortKey key = short_key_exactly(piece.data(), piece.size());
   add_short(key, short_hash(key), count);
 }
 

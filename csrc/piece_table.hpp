@@ -1,6 +1,6 @@
 // A hash table of distinct pieces of text and how often each was seen.
 //
-// Pieces of up to 15 bytes, nearly all of them, are their own keys (see word_map.hpp) and lie in
+// Pieces of up to 15 bytes, nearly all of them, are their own keys (see short_key.hpp) and lie in
 // slots of 24 bytes; longer ones are compared by a hash of 64 bits, then byte by byte. Both tables
 // use open addressing with linear probing and are at most two thirds full: expected constant time.
 #pragma once
@@ -11,7 +11,8 @@
 #include <string_view>
 #include <vector>
 
-#include "word_map.hpp"
+#include "memory.hpp"
+#include "short_key.hpp"
 
 namespace tinylm {
 
@@ -29,15 +30,9 @@ class PieceTable {
   // Counts a piece of at least one byte.
   void add(std::string_view piece, std::int64_t count);
 
-  // The same in two steps for pieces of up to kMaxShortWord bytes, so that many are on their way
+  // The same in two steps for pieces of up to kMaxShortKey bytes, so that many are on their way
   // from memory at once. Nothing may be added between the two calls but by `add_short`.
-  void prefetch(std::uint64_t hash) const {
-#if defined(__GNUC__)
-    __builtin_prefetch(&short_slots_[hash >> short_shift_]);
-#else
-    (void)hash;
-#endif
-  }
+  void prefetch(std::uint64_t hash) const { tinylm::prefetch(&short_slots_[hash >> short_shift_]); }
   void add_short(ShortKey key, std::uint64_t hash, std::int64_t count);
 
   // The memory in use at worst while and after `pieces` more of `piece_bytes` in all are added.
@@ -73,7 +68,7 @@ class PieceTable {
 
   static std::string_view piece_of(const ShortSlot& slot) {
     const char* const bytes = reinterpret_cast<const char*>(&slot.key);
-    return {bytes, static_cast<std::size_t>(bytes[kMaxShortWord])};
+    return {bytes, size_of(slot.key)};
   }
   std::string_view piece_of(const LongSlot& slot) const {
     return {long_text_.data() + slot.begin, slot.size};

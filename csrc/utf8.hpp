@@ -42,4 +42,47 @@ inline std::uint32_t decode_utf8(const char*& in) {
   return code_point;
 }
 
+constexpr std::uint32_t kReplacementCharacter = 0xFFFD;
+
+// What read_utf8 finds: a code point and the bytes it takes. What is no UTF-8 is U+FFFD, as many
+// times and over as many bytes each as bytes.decode("utf-8", "replace") makes of it in Python.
+struct Utf8Read {
+  std::uint32_t code_point;
+  std::uint32_t bytes;
+  bool valid;
+};
+
+// Reads the code point at `in`, before `end`. Any bytes will do: nothing beyond `end` is touched.
+// Surrogates are not valid. Constant time.
+inline Utf8Read read_utf8(const std::uint8_t* in, const std::uint8_t* end) {
+  const std::uint32_t lead = *in;
+  if (lead < 0x80) return {lead, 1, true};
+  const auto left = static_cast<std::size_t>(end - in);
+  const auto tail = [in](int i) { return static_cast<std::uint32_t>(in[i]) - 0x80; };
+  if (lead < 0xE0) {
+    if (lead >= 0xC2 && left >= 2 && tail(1) < 0x40) {
+      return {(lead & 0x1F) << 6 | tail(1), 2, true};
+    }
+    return {kReplacementCharacter, 1, false};
+  }
+  if (lead > 0xF4 || left < 2 || tail(1) >= 0x40) return {kReplacementCharacter, 1, false};
+  const std::uint32_t top = lead << 6 | tail(1);
+  if (lead < 0xF0) {
+    // Neither what is too long nor a surrogate.
+    const bool fits = top >= (0xE0 << 6 | 0x20) && (lead != 0xED || tail(1) < 0x20);
+    if (!fits) return {kReplacementCharacter, 1, false};
+    if (left < 3 || tail(2) >= 0x40) return {kReplacementCharacter, 2, false};
+    return {(top & 0x3FF) << 6 | tail(2), 3, true};
+  }
+  const bool fits = top >= (0xF0 << 6 | 0x10) && top < (0xF4 << 6 | 0x10);
+  if (!fits) return {kReplacementCharacter, 1, false};
+  if (left < 3 || tail(2) >= 0x40) return {kReplacementCharacter, 2, false};
+  if (left < 4 || tail(3) >= 0x40) return {kReplacementCharacter, 3, false};
+  return {(top & 0x1FF) << 12 | tail(2) << 6 | tail(3), 4, true};
+}
+
+// The position of the first byte of [data, data + size) that read_utf8 finds not to be valid, or
+// `size`. Linear; fastest on ASCII.
+std::size_t find_invalid_utf8(const std::uint8_t* data, std::size_t size);
+
 }  // namespace tinylm

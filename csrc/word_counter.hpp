@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "word_map.hpp"
+#include "word_table.hpp"
 #include "word_text.hpp"
 
 namespace tinylm {
@@ -25,7 +25,8 @@ struct WordCounts {
 // another, so the counter may be used from several threads.
 class WordCounter {
  public:
-  void add(const std::vector<TextView>& texts, int threads);
+  // `pieces` are those of cut_texts(texts).
+  void add(const std::vector<TextView>& texts, const std::vector<TextPiece>& pieces, int threads);
 
   // The n most frequent words, most frequent first, ties by first appearance.
   WordCounts most_common(std::size_t n);
@@ -34,26 +35,14 @@ class WordCounter {
   WordCounts items();
 
  private:
-  struct Entry {
+  struct Tally {
     std::int64_t count;
-    std::uint64_t first;      // appearance: number of the piece << 32 | number of the word in it
-    std::size_t begin, size;  // in Table::text
+    std::uint64_t first;  // appearance: number of the piece << 32 | number of the word in it
   };
+  using Table = WordTable<Tally>;
 
-  // A word's value in `map` is its index in `entries`.
-  struct Table {
-    WordMap map;
-    std::vector<Entry> entries;
-    std::vector<char> text;
-
-    void add(const char* word, std::size_t size, ShortKey key, std::uint64_t hash,
-             std::int64_t count, std::uint64_t first);
-    void add_words(const Words& words, std::uint64_t piece);
-    template <class Iterator>
-    WordCounts counts(Iterator begin, Iterator end) const;
-  };
-
-  Table& merged();
+  static void add_words(const Words& words, std::uint64_t piece, Table& table);
+  const Table& merged();
 
   std::mutex mutex_;
   std::vector<Table> tables_ = std::vector<Table>(1);  // one for each worker

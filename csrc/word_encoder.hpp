@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "word_map.hpp"
+#include "word_table.hpp"
 #include "word_text.hpp"
 
 namespace tinylm {
@@ -31,10 +31,15 @@ class WordEncoder {
               bool add_eos, int threads, Id* out, std::int64_t* offsets) const;
 
  private:
-  template <class Id>
-  Id* encode_words(const Words& words, Id* out) const;
+  // An id less unk_id_, so that a word which is not there has unk_id_.
+  struct Value {
+    std::uint32_t id;
+  };
 
-  WordMap map_;
+  template <class Id>
+  void encode_words(const Words& words, Id* out) const;
+
+  WordTable<Value> table_;
   std::uint32_t unk_id_, eos_id_, max_id_;
 };
 

@@ -4,12 +4,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
 unicode_version: str
 
 class WordCounter:
     def __init__(self) -> None: ...
-    def add(self, texts: Iterable[str], threads: int | None = None) -> None: ...
+    def add(
+        self,
+        texts: Iterable[str | Buffer],
+        threads: int | None = None,
+        replace: bool = False,
+        *,
+        piece_length: int = ...,
+    ) -> None: ...
     def most_common(self, n: int) -> list[str]: ...
     def items(self) -> tuple[list[str], npt.NDArray[np.int64]]: ...
 
@@ -17,11 +25,24 @@ class WordEncoder:
     def __init__(self, vocab: dict[str, int]) -> None: ...
     def encode_batch(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Buffer],
         add_eos: bool,
         dtype: npt.DTypeLike,
         threads: int | None = None,
+        replace: bool = False,
+        *,
+        piece_length: int = ...,
     ) -> tuple[np.ndarray, npt.NDArray[np.int64]]: ...
+
+class WordDecoder:
+    def __init__(self, words: Sequence[str], unk_id: int) -> None: ...
+    def decode(self, ids: list[int] | np.ndarray, threads: int | None = 1) -> str: ...
+    def decode_batch(
+        self, ids: np.ndarray, offsets: np.ndarray, threads: int | None = None
+    ) -> list[str]: ...
+
+def instruction_sets() -> list[str]: ...
+def use_instruction_set(name: str) -> None: ...
 
 bpe_unicode_version: str
 

@@ -2,10 +2,14 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstdio>
 #include <optional>
 #include <string>
 
 #include "bindings.hpp"
+#include "simd/instruction_set.hpp"
+#include "texts.hpp"
 #include "utf8.hpp"
 #include "word_counter.hpp"
 #include "word_encoder.hpp"
@@ -17,37 +21,8 @@ namespace {
 
 constexpr std::uint32_t kUnkId = 0, kEosId = 1;
 
-TextView view_of(PyObject* text) {
-#if PY_VERSION_HEX < 0x030C0000
-  if (PyUnicode_READY(text) != 0) throw py::error_already_set();
-#endif
-  return {PyUnicode_DATA(text), static_cast<std::size_t>(PyUnicode_GET_LENGTH(text)),
-          static_cast<int>(PyUnicode_KIND(text))};
-}
-
-// Strings whose characters may be read without the GIL: it holds references, and a str never
-// changes.
-class Texts {
- public:
-  explicit Texts(const py::iterable& texts) : owner_(texts) {
-    views_.reserve(owner_.size());
-    for (const py::handle text : owner_) {
-      if (!PyUnicode_Check(text.ptr())) {
-        throw py::type_error("texts[" + std::to_string(views_.size()) + "] is of type " +
-                             Py_TYPE(text.ptr())->tp_name + ", not str");
-      }
-      views_.push_back(view_of(text.ptr()));
-    }
-  }
-  const std::vector<TextView>& views() const { return views_; }
-
- private:
-  py::tuple owner_;
-  std::vector<TextView> views_;
-};
-
 std::string to_wtf8(const py::str& text) {
-  const TextView view = view_of(text.ptr());
+  const TextView view = view_of_str(text.ptr());
   std::string result(view.length * kMaxUtf8Bytes, '\0');
   char* end = result.data();
   for (std::size_t i = 0; i < view.length; ++i) {
@@ -70,10 +45,30 @@ py::list words_of(const WordCounts& counts) {
   return words;
 }
 
-void add(WordCounter& counter, const py::iterable& texts, std::optional<int> threads) {
+// The texts cut into pieces. Throws std::invalid_argument for the first byte that is no UTF-8,
+// unless such bytes are to be read as U+FFFD.
+std::vector<TextPiece> cut_and_check(const std::vector<TextView>& texts, bool replace, int threads,
+                                     std::size_t piece_length) {
+  if (piece_length < 1) throw py::value_error("piece_length is 0");
+  std::vector<TextPiece> pieces = cut_texts(texts, piece_length);
+  if (replace) return pieces;
+  const InvalidUtf8 invalid = find_invalid(texts, pieces, threads);
+  if (invalid.text == texts.size()) return pieces;
+  const auto* bytes = static_cast<const std::uint8_t*>(texts[invalid.text].data);
+  char byte[8];
+  std::snprintf(byte, sizeof byte, "0x%02x", bytes[invalid.position]);
+  throw py::value_error("text " + std::to_string(invalid.text) + " is not UTF-8: byte " + byte +
+                        " at position " + std::to_string(invalid.position) +
+                        "; pass errors='replace' to read such bytes as U+FFFD");
+}
+
+void add(WordCounter& counter, const py::iterable& texts, std::optional<int> threads, bool replace,
+         std::size_t piece_length) {
   const Texts held(texts);
   const py::gil_scoped_release release;
-  counter.add(held.views(), threads.value_or(0));
+  const std::vector<TextPiece> pieces =
+      cut_and_check(held.views(), replace, threads.value_or(0), piece_length);
+  counter.add(held.views(), pieces, threads.value_or(0));
 }
 
 py::list most_common(WordCounter& counter, std::size_t n) {
@@ -107,46 +102,73 @@ std::unique_ptr<WordEncoder> make_encoder(const py::dict& vocab) {
                                        ids, kUnkId, kEosId);
 }
 
+struct EncodeOptions {
+  bool add_eos;
+  int threads;
+  bool replace;
+  std::size_t piece_length;
+};
+
 template <class Id>
-py::tuple encode_as(const WordEncoder& encoder, const py::iterable& texts, bool add_eos,
-                    const py::dtype& dtype, int threads) {
+py::tuple encode_as(const WordEncoder& encoder, const py::iterable& texts, const py::dtype& dtype,
+                    const EncodeOptions& options) {
   const Texts held(texts);
   std::vector<TextPiece> pieces;
   {
     const py::gil_scoped_release release;
-    pieces = cut_texts(held.views());
+    pieces = cut_and_check(held.views(), options.replace, options.threads, options.piece_length);
   }
   // As many ids as there could be: memory that is never written to costs nothing, and what is too
   // much is given back.
-  const std::size_t room = WordEncoder::max_ids(pieces, held.views().size(), add_eos);
+  const std::size_t room = WordEncoder::max_ids(pieces, held.views().size(), options.add_eos);
   py::array ids(dtype, static_cast<py::ssize_t>(room));
   py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(held.views().size() + 1));
   Id* out = static_cast<Id*>(ids.mutable_data());
   std::int64_t* starts = offsets.mutable_data();
   {
     const py::gil_scoped_release release;
-    encoder.encode(held.views(), pieces, add_eos, threads, out, starts);
+    encoder.encode(held.views(), pieces, options.add_eos, options.threads, out, starts);
   }
   ids.resize({starts[held.views().size()]}, /*refcheck=*/false);
   return py::make_tuple(ids, offsets);
 }
 
 py::tuple encode_batch(const WordEncoder& encoder, const py::iterable& texts, bool add_eos,
-                       const py::object& dtype_like, std::optional<int> threads) {
+                       const py::object& dtype_like, std::optional<int> threads, bool replace,
+                       std::size_t piece_length) {
+  const EncodeOptions options{add_eos, threads.value_or(0), replace, piece_length};
   const py::dtype dtype = py::dtype::from_args(dtype_like);
   const bool integer = dtype.kind() == 'u' || dtype.kind() == 'i';
   if (integer && dtype.itemsize() == 4) {
-    return encode_as<std::uint32_t>(encoder, texts, add_eos, dtype, threads.value_or(0));
+    return encode_as<std::uint32_t>(encoder, texts, dtype, options);
   }
   if (dtype.kind() == 'u' && dtype.itemsize() == 2) {
     if (encoder.max_id() > UINT16_MAX) {
       PyErr_Format(PyExc_OverflowError, "id %u does not fit into uint16", encoder.max_id());
       throw py::error_already_set();
     }
-    return encode_as<std::uint16_t>(encoder, texts, add_eos, dtype, threads.value_or(0));
+    return encode_as<std::uint16_t>(encoder, texts, dtype, options);
   }
   throw py::type_error("dtype is " + py::cast<std::string>(py::str(dtype)) +
                        "; it must be uint16, int32 or uint32");
+}
+
+constexpr std::array<const char*, 3> kInstructionSets = {"portable", "avx2", "avx512"};
+
+py::list instruction_sets() {
+  py::list names;
+  for (int i = 0; i <= static_cast<int>(best_instruction_set()); ++i) {
+    names.append(kInstructionSets[static_cast<std::size_t>(i)]);
+  }
+  return names;
+}
+
+void use_instruction_set_named(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(best_instruction_set()); ++i) {
+    if (name != kInstructionSets[static_cast<std::size_t>(i)]) continue;
+    return use_instruction_set(static_cast<InstructionSet>(i));
+  }
+  throw py::value_error("this processor has no instruction set " + name);
 }
 
 }  // namespace
@@ -157,7 +179,10 @@ void bind_word(py::module_& m) {
                           "appearance. Equal to the class of the same name in Python.")
       .def(py::init<>())
       .def("add", &add, py::arg("texts"), py::arg("threads") = py::none(),
-           "Counts the words of ``texts`` on ``threads`` threads, as many as there are if None.")
+           py::arg("replace") = false, py::kw_only(), py::arg("piece_length") = kPieceLength,
+           "Counts the words of ``texts`` on ``threads`` threads, as many as there are if None. "
+           "Bytes are UTF-8; ValueError where they are not, unless ``replace``. The result does "
+           "not depend on ``piece_length``, in which texts are cut.")
       .def("most_common", &most_common, py::arg("n"),
            "The ``n`` most frequent words, most frequent first, ties by first appearance.")
       .def("items", &items, "All words by first appearance, and their counts (int64).");
@@ -165,9 +190,16 @@ void bind_word(py::module_& m) {
                           "Maps words to ids by a fixed vocabulary; unknown words become 0.")
       .def(py::init(&make_encoder), py::arg("vocab"))
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("add_eos"), py::arg("dtype"),
-           py::arg("threads") = py::none(),
+           py::arg("threads") = py::none(), py::arg("replace") = false, py::kw_only(),
+           py::arg("piece_length") = kPieceLength,
            "Ids of all texts in one array of ``dtype`` (uint16, int32 or uint32), and each text's "
-           "start in it (int64, n + 1).");
+           "start in it (int64, n + 1). See WordCounter.add for the rest.");
+  bind_word_decoder(m);
+  m.def("instruction_sets", &instruction_sets,
+        "Those of which there are variants and which this processor has, slowest first.");
+  m.def("use_instruction_set", &use_instruction_set_named, py::arg("name"),
+        "For tests and measurements, while nothing else runs. The last of instruction_sets() is "
+        "in use unless changed.");
 }
 
 }  // namespace tinylm

@@ -1,7 +1,9 @@
 """Word-level tokenizer: lower-case, split at white space and punctuation, look each word up."""
 
+import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +12,14 @@ from tinylm.errors import InputError
 from tinylm.files import write_json
 from tinylm.tokenizer import word_reference
 from tinylm.tokenizer.backend import compiled
-from tinylm.tokenizer.batches import batches, check_texts, check_threads
+from tinylm.tokenizer.batches import (
+    Errors,
+    Text,
+    batches,
+    check_texts,
+    check_threads,
+    is_replace,
+)
 from tinylm.tokenizer.hf_json import read_tokenizer_json
 from tinylm.tokenizer.word_reference import EOS, EOS_ID, UNK, UNK_ID
 
@@ -27,8 +36,13 @@ PRE_TOKENIZER = {
 class WordCounter(Protocol):
     """Counts words: `tinylm.tokenizer.word_reference.WordCounter` or the compiled one."""
 
-    def add(self, texts: Sequence[str], threads: int | None = None) -> None:
-        """Counts the words of ``texts``."""
+    def add(self, texts: Iterable[Text], threads: int | None = None, replace: bool = False) -> None:
+        """Counts the words of ``texts``; bytes are UTF-8.
+
+        Raises:
+            ValueError: some are not, unless ``replace``, which reads them as U+FFFD. Then nothing
+                of ``texts`` is counted.
+        """
 
     def most_common(self, n: int) -> list[str]:
         """The ``n`` most frequent words, most frequent first, ties by first appearance."""
@@ -42,6 +56,12 @@ class WordTokenizer:
 
     Words are the pieces of ``re.split(r'\\s+|[.,!?;:"\\'()]+', text.lower())`` that are not empty.
     Tokenizers never change, can be pickled, and may be used by several threads at once.
+
+    A text is a string, or UTF-8 in bytes or anything that lends them: a bytearray, a memoryview, a
+    memory-mapped file. Bytes are read as by ``bytes.decode("utf-8", errors)`` and not copied, so
+    nobody should change them meanwhile. ``errors`` says what to do where they are no UTF-8: raise
+    (``"strict"``), or read U+FFFD (``"replace"``). Lone surrogates in strings are characters like
+    any other, and so is a byte order mark.
     """
 
     kind = "word"
@@ -64,24 +84,34 @@ class WordTokenizer:
         module = compiled()
         encoder = word_reference.WordEncoder if module is None else module.WordEncoder
         self._encoder = encoder(self._vocab)
+        decoder = word_reference.WordDecoder if module is None else module.WordDecoder
+        self._decoder = decoder(self._pieces, UNK_ID)
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int = 10_000, threads: int | None = None
+        cls,
+        texts: Iterable[Text],
+        vocab_size: int = 10_000,
+        threads: int | None = None,
+        errors: Errors = "strict",
     ) -> "WordTokenizer":
         """A tokenizer with the ``vocab_size - 2`` most frequent words of ``texts``.
 
         Ties are broken by first appearance, so the result does not depend on ``threads`` (None:
-        as many as the machine has). The texts are read once and not kept.
+        as many as the machine has). The texts are read once and not kept; an open file is a
+        sequence of its lines. Memory is in proportion to the number of different words.
 
         Raises:
-            InputError: ``vocab_size`` is below 3, or the texts hold no words.
+            InputError: ``vocab_size`` is below 3, the texts hold no words, or bytes are no UTF-8
+                (the message names the text in its batch, and the position).
         """
         _check_vocab_size(vocab_size)
         check_threads(threads)
+        replace = is_replace(errors)
         counter = cls.counter()
         for batch in batches(texts):
-            counter.add(batch, threads)
+            with _input_errors():
+                counter.add(batch, threads, replace)
         return cls.from_counter(counter, vocab_size)
 
     @staticmethod
@@ -114,43 +144,94 @@ class WordTokenizer:
         """The word of an id; ``<UNK>`` if there is no such id."""
         return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else UNK
 
-    def encode(self, text: str, add_eos: bool = True) -> list[int]:
-        """The ids of one text, with ``<EOS>`` at the end unless ``add_eos`` is false."""
-        ids, _ = self.encode_batch([text], add_eos, threads=1)
+    def encode(self, text: Text, add_eos: bool = True, errors: Errors = "strict") -> list[int]:
+        """The ids of one text, with ``<EOS>`` at the end unless ``add_eos`` is false.
+
+        Raises as `encode_batch`.
+        """
+        ids, _ = self.encode_batch([text], add_eos, threads=1, errors=errors)
         values: list[int] = ids.tolist()
         return values
 
     def encode_batch(
-        self, texts: Iterable[str], add_eos: bool = True, threads: int | None = None
+        self,
+        texts: Iterable[Text],
+        add_eos: bool = True,
+        threads: int | None = None,
+        errors: Errors = "strict",
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts in one array, and where each text starts in it (int64, n + 1).
 
         Text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``. The ids are uint16 where every id fits,
         else int32. ``threads`` is how many to use, None as many as the machine has; the result
-        is the same for any number, and other Python threads run meanwhile.
+        is the same for any number, and other Python threads run meanwhile. They share a single
+        long text, too.
 
         Raises:
-            InputError: ``texts`` is a single string, or ``threads`` is below 1.
+            InputError: ``texts`` is a single text, ``threads`` is below 1, or bytes are no UTF-8.
         """
         check_texts(texts)
         check_threads(threads)
+        replace = is_replace(errors)
         dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
-        ids, offsets = self._encoder.encode_batch(texts, add_eos, dtype, threads)
+        with _input_errors():
+            ids, offsets = self._encoder.encode_batch(texts, add_eos, dtype, threads, replace)
         return ids, offsets
+
+    def encode_file(
+        self,
+        path: str | os.PathLike[str],
+        add_eos: bool = True,
+        threads: int | None = None,
+        errors: Errors = "strict",
+    ) -> np.ndarray:
+        """The ids of a UTF-8 file as one text, read as it lies on the disk, not into memory.
+
+        Nobody should shorten the file meanwhile.
+
+        Raises:
+            InputError: the file cannot be read, or as `encode_batch`.
+        """
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                # An empty file cannot be mapped.
+                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+        except OSError as error:
+            raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}") from error
+        ids, _ = self.encode_batch([data], add_eos, threads, errors)
+        return ids
 
     def stream_decoder(self) -> "WordStreamDecoder":
         """A decoder for ids that come one at a time."""
         return WordStreamDecoder(self)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], threads: int | None = 1) -> str:
         """The words of ``ids`` with spaces between; ``<UNK>`` where there is no such id.
 
-        ``ids`` may be a list, an array or a tensor. Special tokens are not left out.
+        ``ids`` may be a list, an array or a tensor, of integers. Special tokens are not left out.
+        ``threads`` is how many to use, None as many as the machine has.
+
+        Raises:
+            InputError: ``threads`` is below 1.
         """
-        values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if values and (min(values) < 0 or max(values) >= len(self._pieces)):
-            return " ".join(map(self.id_to_token, values))
-        return " ".join(map(self._pieces.__getitem__, values))
+        check_threads(threads)
+        text: str = self._decoder.decode(_ids_of(ids), threads)
+        return text
+
+    def decode_batch(
+        self, ids: np.ndarray, offsets: np.ndarray, threads: int | None = None
+    ) -> list[str]:
+        """What `encode_batch` gave, as texts: `decode` of ``ids[offsets[i]:offsets[i + 1]]``.
+
+        Raises:
+            InputError: ``threads`` is below 1, or the offsets do not rise from 0 to at most the
+                number of ids.
+        """
+        check_threads(threads)
+        with _input_errors():
+            texts: list[str] = self._decoder.decode_batch(ids, offsets, threads)
+        return texts
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a ``tokenizer.json`` that Hugging Face's ``tokenizers`` reads as well.
@@ -202,6 +283,24 @@ class WordStreamDecoder:
     def finish(self) -> str:
         """What is left at the end: nothing, as words are whole."""
         return ""
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """The ValueErrors of both implementations say in one line what is wrong with the input."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _ids_of(ids: Iterable[int]) -> list[int] | np.ndarray:
+    """``ids`` as the decoders take them: an array of integers in one row, or a list."""
+    if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
+        return ids
+    if hasattr(ids, "tolist"):
+        return list(ids.tolist())
+    return ids if isinstance(ids, list) else list(ids)
 
 
 def _check_vocab_size(vocab_size: int) -> None:

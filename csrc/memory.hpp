@@ -1,0 +1,71 @@
+// What the processor and the system can be told of memory that is used at random places.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace tinylm {
+
+// Has what lies at `address` fetched while other work is done.
+inline void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#else
+  (void)address;
+#endif
+}
+
+// With pages of the usual 4 KiB, most reads of a table of megabytes miss the processor's cache of
+// page addresses.
+constexpr std::size_t kHugePageBytes = std::size_t{1} << 21;
+
+// Asks the system to back [memory, memory + size) with huge pages when it is first touched. Only
+// ever a hint: refused, nothing changes but speed.
+inline void advise_huge_pages(void* memory, std::size_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const auto address = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t begin = (address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  const std::uintptr_t end = (address + size) / kHugePageBytes * kHugePageBytes;
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)size;
+#endif
+}
+
+// An allocator for large tables: on huge pages where there are any, and on whole cache lines.
+template <class T>
+class HugePageAllocator {
+ public:
+  using value_type = T;
+
+  HugePageAllocator() = default;
+  template <class Other>
+  HugePageAllocator(const HugePageAllocator<Other>&) {}  // converts, as allocators do
+
+  T* allocate(std::size_t count) {
+    const std::size_t bytes = count * sizeof(T);
+    void* const memory = ::operator new(bytes, std::align_val_t{alignment(bytes)});
+    advise_huge_pages(memory, bytes);
+    return static_cast<T*>(memory);
+  }
+
+  void deallocate(T* memory, std::size_t count) {
+    ::operator delete(memory, std::align_val_t{alignment(count * sizeof(T))});
+  }
+
+  bool operator==(const HugePageAllocator&) const { return true; }
+  bool operator!=(const HugePageAllocator&) const { return false; }
+
+ private:
+  static constexpr std::size_t alignment(std::size_t bytes) {
+    return bytes >= kHugePageBytes ? kHugePageBytes : alignof(T) < 64 ? 64 : alignof(T);
+  }
+};
+
+}  // namespace tinylm
