@@ -109,13 +109,64 @@ def test_no_gradient_flows_from_a_position_to_later_inputs(backend: str) -> None
         assert (dv[:, :, : t + 1] != 0).all()
 
 
-def test_attention_ignores_left_padding() -> None:
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_attention_ignores_left_padding(backend: str) -> None:
     q, k, v = (randn(2, 3, 9, 16, dtype=torch.float32, seed=i) for i in range(3))
-    out = kernels.causal_attention(q, k, v, start_B=torch.tensor([0, 4]))
+    out = kernels.causal_attention(q, k, v, start_BT=torch.tensor([[0], [4]]), backend=backend)
     assert_close(out[:1], slow_attention(q[:1], k[:1], v[:1]), torch.float32)
     real = (x[1:, :, 4:] for x in (q, k, v))
     assert_close(out[1:, :, 4:], slow_attention(*real), torch.float32)
     assert (out[1, :, :4] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_attention_within_documents(backend: str, dtype: torch.dtype) -> None:
+    """Is the attention to each document by itself, gradients too."""
+    lengths = [1, 7, 31, 24]
+    q, k, v = (randn(2, 3, 63, 16, dtype=dtype, seed=i).requires_grad_() for i in range(3))
+    ids = torch.ones(2, 63, dtype=torch.long)
+    ids[:, [0, 7, 38]] = 0  # each document's end
+    start_BT = kernels.document_starts(ids, end_id=0)
+    assert start_BT.tolist() == [[0] + [1] * 7 + [8] * 31 + [39] * 24] * 2
+    out = kernels.causal_attention(q, k, v, start_BT=start_BT, backend=backend)
+    inputs64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    parts = zip(*(x.split(lengths, dim=2) for x in inputs64), strict=True)
+    expected = torch.cat([slow_attention(*part) for part in parts], dim=2)
+    assert_close(out, expected, dtype, "out")
+    pairs = zip(gradients(out, q, k, v), gradients(expected, *inputs64), strict=True)
+    for actual, wanted in pairs:
+        assert_close(actual, wanted, dtype, "gradient", floor=1.0)
+
+
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_no_gradient_crosses_a_document_boundary(backend: str) -> None:
+    q, k, v = (randn(1, 2, 12, 16, dtype=torch.float32, seed=i).requires_grad_() for i in range(3))
+    start = torch.tensor([0] * 5 + [5] * 7)
+    out = kernels.causal_attention(q, k, v, start_BT=start, backend=backend)
+    for t in range(12):
+        dv = torch.autograd.grad(out[:, :, t].sum(), v, retain_graph=True)[0]
+        seen = (torch.arange(12) >= start[t]) & (torch.arange(12) <= t)
+        assert ((dv != 0).all(dim=(0, 1, 3)) == seen).all()
+        assert ((dv != 0).any(dim=3).any(dim=1)[0] == seen).all()
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options", "message"),
+    [
+        ((1, 2, 5, 8), (1, 2, 4, 8), {}, "5 queries on 4 keys"),
+        ((1, 3, 4, 8), (1, 2, 4, 8), {}, "3 query heads on 2 key heads"),
+        ((1, 2, 4, 8), (2, 2, 4, 8), {}, "batch and head dimension must be the same"),
+        ((2, 4, 8), (2, 4, 8), {}, r"needs \(B, H, T, D\)"),
+        ((3, 2, 4, 8), (3, 2, 4, 8), {"start_BT": torch.zeros(2)}, r"expand to \(3, 4\)"),
+    ],
+)
+def test_attention_refuses_shapes_that_do_not_belong_together(
+    q: tuple[int, ...], k: tuple[int, ...], options: dict[str, Tensor], message: str
+) -> None:
+    keys = randn(*k)
+    with pytest.raises(InputError, match=message):
+        kernels.causal_attention(randn(*q), keys, keys, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -79,7 +79,7 @@ def test_left_padding_changes_nothing(preset: str) -> None:
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), ids), dim=1)
     with torch.no_grad():
         plain = model(ids)
-        out = model.logits(model.hidden(padded, start_B=torch.tensor([5])))[:, 5:]
+        out = model.logits(model.hidden(padded, start_BT=torch.tensor([[5]])))[:, 5:]
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
 
 

@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tinylm.kernels import turing
-from tinylm.kernels.triton import attention, linear_cross_entropy, norm
+from tinylm.kernels.triton import attention, attention_decode, linear_cross_entropy, norm
 
 ARCH = int(sys.argv[1])
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -52,9 +52,10 @@ def compile_instead_of_launching(found: list[Any]) -> None:
     driver.set_active(Driver())
     if "stock" not in sys.argv:
         turing.install()
-    for module in (attention, linear_cross_entropy):
+    for module in (attention, attention_decode, linear_cross_entropy):
         module.capability = lambda x: divmod(ARCH, 10)
-    norm.programs_for = lambda x, tiles: min(tiles, 160)
+    for module in (attention_decode, norm):
+        module.processors = lambda x: 40
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., Any]:
         return lambda *args, **kwargs: found.append(kernel.warmup(*args, grid=grid, **kwargs))
@@ -88,9 +89,19 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             continue
         qkv = [torch.empty(2, 4, length, head_dim, dtype=dtype) for _ in range(3)]
         out, lse = torch.empty(2, length, 4, head_dim, dtype=dtype), torch.empty(2, 4, length)
-        name = f"attention T={length} D={head_dim}"
-        yield name, partial(attention.attention_forward, *qkv, 0.2, True)
-        yield name, partial(attention.attention_backward, out, *qkv, out, lse, 0.2, True)
+        for start in (None, torch.zeros(2, length, dtype=torch.int32)):
+            name = f"attention T={length} D={head_dim}{'' if start is None else ' documents'}"
+            yield name, partial(attention.attention_forward, *qkv, start, 0.2, True)
+            backward = attention.attention_backward
+            yield name, partial(backward, out, *qkv, start, out, lse, 0.2, True)
+    for keys, head_dim in ((512, 32), (4096, 64), (4096, 128)):
+        if head_dim > attention.LARGEST_HEAD_DIM[dtype]:
+            continue
+        q = torch.empty(1, 8, 1, head_dim, dtype=dtype)
+        kv = [torch.empty(1, 4, keys, head_dim, dtype=dtype) for _ in range(2)]
+        for start in (None, torch.zeros(1, 1, dtype=torch.int32)):
+            name = f"decoding S={keys} D={head_dim}{'' if start is None else ' padded'}"
+            yield name, partial(attention.attention_forward, q, *kv, start, 0.2, True)
     weight, rows, x = torch.empty(128), torch.empty(512), torch.empty(512, 128, dtype=dtype)
     yield "layer_norm", partial(norm.norm_forward, x, x, weight, weight, 1e-5, False)
     yield "layer_norm", partial(norm.norm_backward, x, x, x, weight, rows, rows, False)

@@ -113,6 +113,96 @@ def test_attention_of_the_last_queries(causal: bool, queries: int, keys: int) ->
     check_attention(q, k, v, causal=causal, scale=0.3)
 
 
+def starts(length: int, *documents: int) -> Tensor:
+    """start_BT of two sequences: documents of these lengths, and the same turned around."""
+    rows = []
+    for lengths in (documents, documents[::-1]):
+        places = [sum(lengths[:i]) for i, n in enumerate(lengths) for _ in range(n)]
+        rows.append(places[:length])
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("documents", [(1, 2, 4), (31, 1), (40, 23), (3, 64, 33)], ids=str)
+def test_attention_within_documents(documents: tuple[int, ...], dtype: torch.dtype) -> None:
+    length = sum(documents)
+    qkv = (among_nan(randn(2, 1, length, 16, dtype=dtype, seed=i)) for i in range(3))
+    check_attention(*qkv, start_BT=starts(length, *documents))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 20), (40, 70), (3, 70)])
+def test_attention_after_left_padding(queries: int, keys: int, causal: bool) -> None:
+    """Also where a query, or a whole tile of them, sees nothing, and where none sees anything."""
+    q = among_nan(randn(3, 2, queries, 16))
+    k, v = (among_nan(randn(3, 1, keys, 16, seed=i)) for i in (1, 2))
+    start = torch.tensor([[5], [keys - 2], [keys]], device=DEVICE)
+    check_attention(q, k, v, start_BT=start, causal=causal)
+    out = kernels.causal_attention(q, k, v, start_BT=start, causal=causal, backend="triton")
+    assert (out[2] == 0).all()
+    if causal:
+        assert (out[1, :, :-2] == 0).all()
+
+
+def test_attention_of_starts_in_any_order() -> None:
+    """Nothing is assumed about them: no order, none below 0, none beyond the keys."""
+    q, k, v = (among_nan(randn(1, 1, 140, 16, seed=i)) for i in range(3))
+    start = torch.randint(-20, 160, (1, 140), generator=torch.Generator().manual_seed(0))
+    check_attention(q, k, v, start_BT=start.to(DEVICE))
+
+
+@pytest.mark.parametrize("length", [12, 60])
+def test_no_gradient_crosses_a_document_boundary(length: int) -> None:
+    q, k, v = (randn(2, 1, length, 16, seed=i).requires_grad_() for i in range(3))
+    start = starts(length, length // 3, length - length // 3)
+    out = kernels.causal_attention(q, k, v, start_BT=start, backend="triton")
+    for t in range(0, length, 7):
+        dk, dv = torch.autograd.grad(out[:, :, t].sum(), (k, v), retain_graph=True)
+        for b in range(2):
+            seen = slice(int(start[b, t]), t + 1)
+            assert (dv[b, :, seen] != 0).all()
+            for gradient in (dk[b].clone(), dv[b].clone()):
+                gradient[:, seen] = 0
+                assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 2), (1, 100), (1, 700), (4, 515)])
+@pytest.mark.parametrize("started", [False, True])
+def test_attention_of_few_queries_on_many_keys(
+    started: bool, queries: int, keys: int, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """As in decoding, where keys and values are parts of a longer buffer.
+
+    Without gradients, which the kernels of training compute.
+    """
+    q = randn(2, heads[0], queries, 16, dtype=dtype)
+    k, v = (among_nan(randn(2, heads[1], keys, 16, dtype=dtype, seed=i)) for i in (1, 2))
+    start = torch.tensor([[keys // 2], [keys]], device=DEVICE) if started else None
+    with torch.no_grad():
+        out = kernels.causal_attention(q, k, v, start_BT=start, backend="triton")
+        expected = kernels.causal_attention(*fp64(q, k, v), start_BT=start, backend="matmul")
+    assert_close(out, expected, dtype, "out")
+
+
+def test_gradients_of_few_queries_on_many_keys() -> None:
+    q = among_nan(randn(1, 2, 2, 16))
+    k, v = (among_nan(randn(1, 1, 300, 16, seed=i)) for i in (1, 2))
+    check_attention(q, k, v)
+
+
+def test_decoding_splits_keys_between_programs() -> None:
+    """Else the test above would not test the second kernel; a short call needs only the first."""
+    from tinylm.kernels.triton import attention_decode
+
+    x = randn(1)
+    several = 1000 * attention_decode.processors(x)
+    assert attention_decode.chunk_for(x, 1, several, 64) < several
+    assert attention_decode.chunk_for(x, 1, 100, 64) >= 100
+    assert attention_decode.chunk_for(x, several, several, 64) >= several
+
+
 @pytest.mark.parametrize("length", [9, 70])
 def test_attention_with_fewer_key_heads(length: int) -> None:
     q = among_nan(randn(2, 6, length, 16))
@@ -307,11 +397,13 @@ def _operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     from tinylm.kernels.triton import attention, linear_cross_entropy, norm
 
     q, k, v = (randn(1, 2, 5, 16, seed=i).requires_grad_() for i in range(3))
-    out, lse = attention.attention_forward(q, k, v, 0.25, True)
-    yield attention.attention_forward, (q, k, v, 0.25, True)
     dout = randn(1, 5, 2, 16)
-    saved = tuple(x.detach() for x in (q, k, v, out, lse))
-    yield attention.attention_backward, (dout, *saved, 0.25, True)
+    for start in (None, torch.tensor([[0, 0, 0, 3, 3]], device=DEVICE)):
+        out, lse = attention.attention_forward(q, k, v, start, 0.25, True)
+        yield attention.attention_forward, (q, k, v, start, 0.25, True)
+        plain = [x.detach() for x in (q, k, v)]
+        saved = *plain, start, out.detach(), lse.detach()
+        yield attention.attention_backward, (dout, *saved, 0.25, True)
     x, r = (randn(5, 16, seed=i).requires_grad_() for i in range(2))
     w, b = (randn(16, seed=i).requires_grad_() for i in (2, 3))
     for residual, bias, rms in itertools.product((None, r), (None, b), (False, True)):

@@ -1,6 +1,7 @@
 """What the kernels share: loads and stores of rows, and where and how a kernel is started."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +65,20 @@ def capability(x: Tensor) -> tuple[int, int]:
 
 
 @decided_while_tracing
+@cache
 def _cuda_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def processors(x: Tensor) -> int:
+    """Of the device of ``x``; the interpreter passes for a very small one."""
+    return _cuda_processors(x.device) if x.is_cuda else 3
+
+
+@decided_while_tracing
+@cache
+def _cuda_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
