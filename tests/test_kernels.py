@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -243,6 +244,72 @@ def test_linear_cross_entropy(backend: str, dtype: torch.dtype, with_bias: bool,
     wanted = torch.autograd.grad(expected * 3, inputs64)
     for name, a, b in zip(("h", "weight", "bias"), actual, wanted, strict=False):
         assert_close(a, b, dtype, f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (3.0, 0.0), (None, 0.1), (3.0, 0.1)])
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
+def test_linear_cross_entropy_with_more_terms(
+    backend: str, softcap: float | None, z_loss: float, reduction: str, dtype: torch.dtype
+) -> None:
+    """Logits of about 5, so that a cap of 3 bends them; 300 rows are more than one chunk."""
+    h, weight, bias = (
+        randn(*s, dtype=dtype, seed=i) for i, s in enumerate([(300, 24), (97, 24), (97,)])
+    )
+    inputs = [x.requires_grad_() for x in (h, weight, bias)]
+    targets = torch.arange(300) * 7 % 97
+    targets[1::5] = 3
+    loss = kernels.linear_cross_entropy(
+        h, weight, targets, bias,
+        ignore_index=3, softcap=softcap, z_loss=z_loss, reduction=reduction, backend=backend,
+    )  # fmt: skip
+    inputs64 = [x.detach().double().requires_grad_() for x in inputs]
+    logits = F.linear(*inputs64)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    picked = logits.softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    expected = -picked.log() + z_loss * logits.exp().sum(-1).log() ** 2
+    expected = torch.where(targets == 3, 0.0, expected)
+    if reduction != "none":
+        expected = expected.sum() / ((targets != 3).sum() if reduction == "mean" else 1)
+    assert_close(loss, expected, dtype, "loss")
+    pairs = zip(gradients(loss, *inputs), gradients(expected, *inputs64), strict=True)
+    for name, (actual, wanted) in zip(("h", "weight", "bias"), pairs, strict=True):
+        assert_close(
+            actual, wanted, dtype, f"d{name}", floor=1.0 if dtype == torch.bfloat16 else 1e-3
+        )
+
+
+def test_gradients_of_a_mean_of_row_losses_do_not_underflow() -> None:
+    """A probability over a million rows is 0 in fp16."""
+    h = randn(64, 16, dtype=torch.float16)
+    weight = randn(97, 16, dtype=torch.float32, seed=1).requires_grad_()
+    loss_N = kernels.linear_cross_entropy(
+        h, weight, torch.arange(64), reduction="none", backend="chunked"
+    )
+    (dweight,) = torch.autograd.grad(loss_N.sum() / 1e6, weight)
+    weight64 = weight.detach().double().requires_grad_()
+    expected = F.cross_entropy(h.double() @ weight64.T, torch.arange(64), reduction="sum")
+    assert_close(dweight * 1e6, torch.autograd.grad(expected, weight64)[0], torch.bfloat16, "dw")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 0.0}, r"softcap is 0\.0; it must be above 0"),
+        ({"reduction": "max"}, "reduction is 'max'; choose mean, sum or none"),
+        ({"bias_V": torch.zeros(3)}, "one bias per token"),
+        ({"targets_N": torch.zeros(3, dtype=torch.long)}, "one target per row"),
+        ({"weight_VC": torch.zeros(9, 5)}, r"shapes \(4, 8\) and \(9, 5\)"),
+    ],
+)
+def test_linear_cross_entropy_refuses_what_does_not_belong_together(
+    options: dict[str, Any], message: str
+) -> None:
+    call = {"h_NC": torch.zeros(4, 8), "weight_VC": torch.zeros(9, 8)}
+    call["targets_N"] = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(InputError, match=message):
+        kernels.linear_cross_entropy(**call | options)
 
 
 def test_linear_cross_entropy_under_autocast_computes_in_bf16() -> None:

@@ -27,11 +27,13 @@ MATRIX_INSTRUCTIONS = {
     90: ("m64", "m16n8k16"),
 }
 KERNELS = {
-    "tinylm_attention_forward": 5, "tinylm_attention_backward": 2,
-    "tinylm_attention_backward_dq": 3, "tinylm_attention_backward_dkdv": 3,
+    "tinylm_attention_forward": 10, "tinylm_attention_backward": 4,
+    "tinylm_attention_backward_dq": 6, "tinylm_attention_backward_dkdv": 6,
+    "tinylm_attention_decode": 6, "tinylm_attention_combine": 6,
     "tinylm_norm_forward": 2, "tinylm_norm_backward": 2,
-    "tinylm_linear_cross_entropy_forward": 2, "tinylm_linear_cross_entropy_dweight": 2,
+    "tinylm_linear_cross_entropy_forward": 4, "tinylm_linear_cross_entropy_dweight": 4,
 }  # fmt: skip
+WITHOUT_PRODUCTS = "tinylm_norm", "tinylm_attention_combine"
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -58,7 +60,7 @@ def test_kernels_keep_to_their_budgets(arch: int, dtype: str, tmp_path: Path) ->
     for kernel in kernels:
         assert kernel["stack"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], kernel
-        if "norm" in kernel["kernel"]:
+        if kernel["kernel"].startswith(WITHOUT_PRODUCTS):
             assert kernel["mma"] == [], kernel
         else:
             assert kernel["mma"], kernel

@@ -111,11 +111,13 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for width in (128, 256):
         h, head = torch.empty(512, width, dtype=dtype), torch.empty(10_000, width, dtype=dtype)
         inputs = h, head, bias, target
-        name = f"linear_cross_entropy C={width}"
-        lce = linear_cross_entropy
-        yield name, partial(lce.linear_cross_entropy_forward, *inputs, -100, dtype, True)
-        backward = lce.linear_cross_entropy_backward_weight
-        yield name, partial(backward, rows, *inputs, rows, -100, dtype)
+        forward = linear_cross_entropy.linear_cross_entropy_forward
+        backward = linear_cross_entropy.linear_cross_entropy_backward_weight
+        for softcap in (None, 30.0):
+            name = f"linear_cross_entropy C={width}{'' if softcap is None else ' softcap'}"
+            terms = -100, softcap, 1e-4, dtype
+            yield name, partial(forward, *inputs, *terms, True)
+            yield name, partial(backward, rows, *inputs, rows, *terms)
 
 
 def main() -> None:

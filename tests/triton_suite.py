@@ -338,6 +338,28 @@ def test_linear_cross_entropy(rows: int, with_bias: bool, dtype: torch.dtype) ->
         assert_close(a, w, dtype, f"gradient {i}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("softcap", "z_loss"), [(3.0, 0.0), (None, 0.1), (3.0, 0.1)])
+def test_linear_cross_entropy_with_more_terms(
+    softcap: float | None, z_loss: float, reduction: str, dtype: torch.dtype
+) -> None:
+    """Logits of about 5, so that a cap of 3 bends them; each row has a gradient of its own."""
+    h, weight = among_nan(randn(45, 24, dtype=dtype)), among_nan(randn(70, 24, dtype=dtype, seed=1))
+    bias = among_nan(randn(70, seed=2))
+    targets = (torch.arange(45) * 7 % 70).to(DEVICE)
+    targets[1::5] = 3
+    options: dict[str, Any] = {"softcap": softcap, "z_loss": z_loss, "reduction": reduction}
+    options["ignore_index"] = 3
+    inputs, inputs64 = [h, weight, bias], fp64(h, weight, bias)
+    cross_entropy = kernels.linear_cross_entropy
+    loss = cross_entropy(h, weight, targets, bias, backend="triton", **options)
+    expected = cross_entropy(*inputs64[:2], targets, inputs64[2], backend="reference", **options)
+    assert_close(loss, expected, dtype, "loss")
+    assert (loss[1::5] == 0).all() if reduction == "none" else loss.dim() == 0
+    assert_same_gradients(loss, inputs, expected, inputs64)
+
+
 def test_linear_cross_entropy_without_a_loss_scale_does_not_underflow() -> None:
     """A probability over a million rows is 0 in fp16."""
     h, weight = randn(100, 16, dtype=torch.float16), randn(97, 16, seed=1).requires_grad_()
@@ -414,13 +436,13 @@ def _operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield norm.norm_backward, (randn(5, 16), None, *plain, mean, rstd, False)
     head, bias_v = randn(7, 16).requires_grad_(), randn(7).requires_grad_()
     targets = torch.tensor([0, 3, -100, 6, 1], device=DEVICE)
-    call = (x, head, bias_v, targets, -100, torch.float32, True)
+    call = (x, head, bias_v, targets, -100, 5.0, 1e-3, torch.float32, True)
     yield linear_cross_entropy.linear_cross_entropy_forward, call
     _, lse, _ = (t.detach() for t in linear_cross_entropy.linear_cross_entropy_forward(*call))
     detached = tuple(t.detach() for t in (x, head, bias_v))
     yield (
         linear_cross_entropy.linear_cross_entropy_backward_weight,
-        (torch.ones(5, device=DEVICE), *detached, targets, lse, -100, torch.float32),
+        (torch.ones(5, device=DEVICE), *detached, targets, lse, -100, 5.0, 1e-3, torch.float32),
     )
 
 

@@ -132,8 +132,9 @@ def takes(q_BHTD: Tensor, k_BHSD: Tensor) -> bool:
 def tile_for(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Tile:
     if dtype == torch.float32:
         return Tile(ROWS, 32, warps=4)
-    keys = 64 if head_dim <= 64 else 32
-    return Tile(ROWS, keys, warps=4, stages=3 if capability >= (8, 0) else 1)
+    if capability < (8, 0):
+        return Tile(ROWS, 64, warps=4)
+    return Tile(ROWS, 64 if head_dim <= 64 else 32, warps=4, stages=3)
 
 
 def chunk_for(x: Tensor, programs: int, S: int, block: int) -> int:
