@@ -27,11 +27,11 @@ MATRIX_INSTRUCTIONS = {
     90: ("m64", "m16n8k16"),
 }
 KERNELS = {
-    "tinylm_attention_forward": 10, "tinylm_attention_backward": 4,
-    "tinylm_attention_backward_dq": 6, "tinylm_attention_backward_dkdv": 6,
-    "tinylm_attention_decode": 6, "tinylm_attention_combine": 6,
+    "tinylm_attention_forward": 7, "tinylm_attention_backward": 3,
+    "tinylm_attention_backward_dq": 4, "tinylm_attention_backward_dkdv": 4,
+    "tinylm_attention_decode": 2, "tinylm_attention_combine": 2,
     "tinylm_norm_forward": 2, "tinylm_norm_backward": 2,
-    "tinylm_linear_cross_entropy_forward": 4, "tinylm_linear_cross_entropy_dweight": 4,
+    "tinylm_linear_cross_entropy_forward": 3, "tinylm_linear_cross_entropy_dweight": 3,
 }  # fmt: skip
 WITHOUT_PRODUCTS = "tinylm_norm", "tinylm_attention_combine"
 
