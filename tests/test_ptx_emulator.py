@@ -66,7 +66,7 @@ def test_the_kernels_of_the_t4_are_right(tmp_path: Path) -> None:
 
 
 def test_the_matrix_instruction_takes_fragments_as_the_manual_draws_them() -> None:
-    """Thread 4 g + t has A[g, 2t:2t+2], A[g+8, 2t:2t+2], B[2t:2t+2, g], C[g, 2t:2t+2], C[g+8, …]."""
+    """Thread 4 g + t has A and C at [g, 2t:2t+2] and [g+8, 2t:2t+2], and B[2t:2t+2, g]."""
     generator = np.random.default_rng(0)
     a, b = (generator.integers(-9, 9, shape).astype(np.float16) for shape in ((16, 8), (8, 8)))
     c = generator.integers(-9, 9, (16, 8)).astype(np.float32)

@@ -509,6 +509,17 @@ def test_refused_calls_run_in_torch_and_say_why_once(caplog: pytest.LogCaptureFi
     caplog.clear()
 
 
+def test_doctor_checks_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinylm.kernels import check
+
+    monkeypatch.setattr(check, "SECONDS", 0)
+    torch.use_deterministic_algorithms(False)
+    results = list(check.check(torch.device(DEVICE)))
+    assert all(result.ok for result in results), [str(r) for r in results if not r.ok]
+    ran = {r.case.operator for r in results if r.implementation == "triton" and not r.refusal}
+    assert ran == {n for n, names in dispatch.IMPLEMENTATIONS.items() if "triton" in names}
+
+
 def _torch_attention() -> str:
     return "matmul" if DEVICE == "cpu" else "sdpa"
 
