@@ -337,6 +337,40 @@ def test_linear_cross_entropy_computes_only_the_gradients_asked_for() -> None:
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 2, 0, 16)], ids=str)
+def test_attention_of_nothing(shape: tuple[int, ...], backend: str) -> None:
+    q = torch.zeros(shape, requires_grad=True)
+    k = torch.zeros(shape[0], 2, *shape[2:], requires_grad=True)
+    for start_BT in (None, torch.zeros(shape[0], 1, dtype=torch.int32)):
+        out = kernels.causal_attention(q, k, k, start_BT=start_BT, backend=backend)
+        assert out.shape == shape
+        out.sum().backward()
+        assert (k.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", TORCH["layer_norm"])
+def test_norms_of_nothing(backend: str) -> None:
+    x, weight = torch.zeros(0, 16, requires_grad=True), torch.ones(16, requires_grad=True)
+    norms = [kernels.layer_norm(x, weight, weight, backend=backend), kernels.rms_norm(x, weight)]
+    for out in norms:
+        assert out.shape == (0, 16)
+        assert (torch.autograd.grad(out.sum(), weight)[0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
+def test_linear_cross_entropy_of_nothing(backend: str) -> None:
+    """As in torch: a mean over nothing is NaN, a sum 0."""
+    h, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(9, 8, requires_grad=True)
+    for reduction in ("none", "sum", "mean"):
+        loss = kernels.linear_cross_entropy(
+            h, weight, torch.zeros(0, dtype=torch.long), reduction=reduction, backend=backend
+        )
+        assert loss.shape == ((0,) if reduction == "none" else ())
+        assert (loss.sum() == 0) != (reduction == "mean")
+        assert torch.autograd.grad(loss.sum(), weight)[0].shape == weight.shape
+
+
 @pytest.fixture
 def chosen_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sets the environment variable; what it chose is forgotten afterwards."""

@@ -386,6 +386,60 @@ def test_linear_cross_entropy_of_what_counts_nowhere_and_of_targets_out_of_range
         assert gradient.isfinite().all()
 
 
+def test_attention_of_inputs_with_any_strides() -> None:
+    """Expanded along any dimension, turned around, beginning at an odd address."""
+    shape = 2, 2, 20, 16
+    odd = randn(1 + 2 * 2 * 20 * 16)[1:].view(shape)
+    views = [
+        randn(1, 1, 20, 16).expand(shape), randn(2, 2, 1, 1).expand(shape), odd,
+        randn(2, 20, 16, 2).permute(0, 3, 1, 2), randn(2, 2, 16, 20).transpose(2, 3),
+    ]  # fmt: skip
+    for i in range(len(views)):
+        check_attention(*((views + views)[i + j].detach().requires_grad_() for j in range(3)))
+
+
+def test_norms_of_inputs_with_any_strides() -> None:
+    weight = randn(1, seed=1).expand(32).detach().requires_grad_()
+    views = randn(1, 32).expand(9, 32), randn(9, 1).expand(9, 32), randn(32, 9).T
+    for x, residual in zip(views, (None, views[2], views[0]), strict=True):
+        inputs = [x.detach().requires_grad_(), weight]
+        result = kernels.rms_norm(*inputs, residual=residual, backend="triton")
+        out = result if residual is None else result[0]
+        inputs64 = fp64(*inputs)
+        total = inputs64[0] if residual is None else inputs64[0] + residual
+        expected = kernels.rms_norm(total, inputs64[1])
+        assert_close(out, expected, torch.float32, "out")
+        assert_same_gradients(out, inputs, expected, inputs64)
+
+
+def test_linear_cross_entropy_of_inputs_with_any_strides() -> None:
+    targets = torch.arange(22, device=DEVICE)[::2]
+    for h, weight in (
+        (randn(1, 16).expand(11, 16), randn(16, 30).T),
+        (randn(16, 11).T, randn(30, 1).expand(30, 16)),
+    ):
+        inputs = [h.detach().requires_grad_(), weight.detach().requires_grad_()]
+        loss = kernels.linear_cross_entropy(*inputs, targets, backend="triton")
+        inputs64 = fp64(*inputs)
+        expected = F.cross_entropy(F.linear(*inputs64), targets)
+        assert_same_gradients(loss, inputs, expected, inputs64)
+
+
+def test_empty_inputs_give_what_the_references_give(caplog: pytest.LogCaptureFixture) -> None:
+    nothing = torch.zeros(0, dtype=torch.long, device=DEVICE)
+    loss = kernels.linear_cross_entropy(randn(0, 16), randn(9, 16), nothing, backend="triton")
+    assert loss.isnan()
+    for shape in ((0, 2, 5, 16), (2, 2, 0, 16)):
+        x = randn(*shape).requires_grad_()
+        out = kernels.causal_attention(x, x, x, backend="triton")
+        assert out.shape == shape
+        assert torch.autograd.grad(out.sum(), x)[0].shape == shape
+    assert kernels.layer_norm(randn(3, 0, 16), randn(16), backend="triton").shape == (3, 0, 16)
+    assert len(caplog.records) == 3
+    assert all("empty input" in record.getMessage() for record in caplog.records)
+    caplog.clear()
+
+
 def test_operators_under_autocast_and_with_gradients_for_some_inputs_only() -> None:
     if DEVICE == "cpu":
         pytest.skip("autocast on the CPU means bf16, which the interpreter computes wrongly")
