@@ -192,6 +192,21 @@ def test_layer_norm(backend: str, width: int, residual: bool, dtype: torch.dtype
             assert_close(actual, wanted, dtype, "gradient")
 
 
+@pytest.mark.parametrize("backend", TORCH["layer_norm"])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_gradients_of_layer_norm_over_many_rows(parameters: torch.dtype, backend: str) -> None:
+    """torch by itself adds up 2,048 rows of bf16 in bf16, and is off by 7 %."""
+    x = randn(2048, 16, dtype=torch.bfloat16)
+    weight = randn(16, dtype=parameters, seed=1).requires_grad_()
+    bias = randn(16, dtype=parameters, seed=2).requires_grad_()
+    out = kernels.layer_norm(x, weight, bias, backend=backend)
+    inputs64 = [t.detach().double().requires_grad_() for t in (weight, bias)]
+    expected = F.layer_norm(x.double(), (16,), *inputs64)
+    pairs = zip(gradients(out, weight, bias), gradients(expected, *inputs64), strict=True)
+    for actual, wanted in pairs:
+        assert_close(actual, wanted, torch.bfloat16, "gradient")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("width", [1, 31, 128])

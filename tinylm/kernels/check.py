@@ -32,6 +32,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     run: Callable[..., Tensor]
     gradients: bool = True
+    parameters: int = 0  # of the last inputs, which are fp32, as a norm's in the model
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def check(device: torch.device) -> Iterator[Result]:
 def _results(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[Result]:
     names = dispatch.IMPLEMENTATIONS[case.operator]
     inputs = [randn(s, i).to(device, dtype) for i, s in enumerate(case.shapes)]
+    for i in range(len(inputs) - case.parameters, len(inputs)):
+        inputs[i] = inputs[i].float()
     out = case.run(names[-1], *inputs)
     dout = randn(out.shape, len(inputs)).to(device, out.dtype)
     expected = outputs(case, names[-1], [x.double() for x in inputs], dout)
@@ -127,8 +130,8 @@ def cases(device_type: str, tiny: bool) -> Iterator[Case]:
     yield _attention(" decoding", 2, 1, 4 * T, 32, attention, gradients=False)
     C, D = (24, 16) if tiny else (128, 32)
     vectors = (N, C), (C,), (C,)
-    yield Case("layer_norm", f"N {N}, C {C}", vectors, _layer_norm)
-    yield Case("rms_norm", f"N {N}, C {C}", vectors[:2], _rms_norm)
+    yield Case("layer_norm", f"N {N}, C {C}", vectors, _layer_norm, parameters=2)
+    yield Case("rms_norm", f"N {N}, C {C}", vectors[:2], _rms_norm, parameters=1)
     head = (N, C), (V, C)
     yield Case("linear_cross_entropy", f"N {N}, V {V}", head, _cross_entropy)
     capped = partial(_cross_entropy, softcap=5.0, z_loss=1e-3)
