@@ -1,5 +1,6 @@
 # make demo: install, train a small model on text that comes with Python, try it
 # make test: install with all that the tests need, run them
+# make gpu-check: all that needs a GPU: tests, the T4's code, sanitizer, benchmarks, plots
 # make fuzz: feed the tokenizers with made-up input for FUZZ_SECONDS each; needs clang
 PYTHON ?= python3
 MINUTES ?= 3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint format bench fuzz clean
+.PHONY: demo test lint format bench gpu-check fuzz clean
 
 demo: $(VENV)/installed
 	$(BIN)/tinylm doctor
@@ -39,6 +40,9 @@ format: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/pytest bench/bench_*.py
+
+gpu-check: $(VENV)/installed-test
+	PYTHON=$(BIN)/python tests/gpu_check.sh
 
 # Each pattern has a program of its own.
 FUZZERS := word bpe split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace

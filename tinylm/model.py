@@ -239,11 +239,23 @@ class Transformer(nn.Module):
         """logits_BTV: at each position, of the token after it."""
         return self.logits(self.hidden(ids_BT))
 
-    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per target; targets of -100 count nowhere."""
-        h_NC = self.hidden(ids_BT).flatten(0, 1)
+    def loss(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        *,
+        start_BT: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """Mean cross-entropy in nats per target; targets of -100 count nowhere.
+
+        Args:
+            start_BT: as in `hidden`; of packed documents, that none may see another.
+            z_loss: as in `tinylm.kernels.linear_cross_entropy`.
+        """
+        h_NC = self.hidden(ids_BT, start_BT=start_BT).flatten(0, 1)
         return kernels.linear_cross_entropy(
-            h_NC, self.head_weight_VC, targets_BT.flatten(), self.head_bias_V
+            h_NC, self.head_weight_VC, targets_BT.flatten(), self.head_bias_V, z_loss=z_loss
         )
 
     def matrices(self) -> dict[str, int]:

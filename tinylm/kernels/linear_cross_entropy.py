@@ -173,7 +173,9 @@ class _ChunkedRows(torch.autograd.Function):
         dloss_N = grad_outputs[0]
         tiny = torch.finfo(dloss_N.dtype).tiny
         scale = dloss_N.abs().amax().clamp(min=tiny) if len(dloss_N) else dloss_N.new_ones(())
-        _, gradients = _chunked(*ctx.saved_tensors, ctx.terms, need, dloss_N / scale)
+        h_NC, weight_VC, bias_V, targets_N = ctx.saved_tensors
+        inputs = h_NC, weight_VC, bias_V, targets_N
+        _, gradients = _chunked(*inputs, ctx.terms, need, dloss_N / scale)
         return *(None if g is None else (g * scale).to(g.dtype) for g in gradients), None, None
 
 

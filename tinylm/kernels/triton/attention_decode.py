@@ -141,7 +141,8 @@ def chunk_for(x: Tensor, programs: int, S: int, block: int) -> int:
     """Keys of each program: whole tiles, as many as keep every processor busy."""
     parts = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(x), programs)
     parts = max(1, min(parts, S // LEAST_KEYS))
-    return triton.cdiv(triton.cdiv(S, parts), block) * block
+    tiles: int = triton.cdiv(triton.cdiv(S, parts), block)
+    return tiles * block
 
 
 def forward(
