@@ -44,6 +44,8 @@ def emulate(compiled: Any, grid: Any, args: Any, kwargs: Any) -> None:
     for opcode, n in ran.items():
         if opcode.startswith("mma.sync.aligned.m16n8k8"):
             counts["mma"] += n
+        if opcode == "inexact copies" and n:
+            counts[opcode] += n
     counts[compiled.metadata.name] += 1
 
 
