@@ -30,7 +30,7 @@ MATRIX_INSTRUCTIONS = {
 KERNELS = {
     "tinylm_attention_forward": 7, "tinylm_attention_backward": 3,
     "tinylm_attention_backward_dq": 4, "tinylm_attention_backward_dkdv": 4,
-    "tinylm_attention_decode": 2, "tinylm_attention_combine": 2,
+    "tinylm_attention_decode": 1, "tinylm_attention_combine": 1,
     "tinylm_norm_forward": 2, "tinylm_norm_backward": 2,
     "tinylm_linear_cross_entropy_forward": 3, "tinylm_linear_cross_entropy_dweight": 3,
 }  # fmt: skip

@@ -179,11 +179,10 @@ def test_no_gradient_crosses_a_document_boundary(length: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=str)
+@pytest.mark.parametrize(("heads", "started"), [((2, 2), False), ((6, 2), True)], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 2), (1, 100), (1, 700), (4, 515)])
-@pytest.mark.parametrize("started", [False, True])
 def test_attention_of_few_queries_on_many_keys(
-    started: bool, queries: int, keys: int, heads: tuple[int, int], dtype: torch.dtype
+    queries: int, keys: int, heads: tuple[int, int], started: bool, dtype: torch.dtype
 ) -> None:
     """As in decoding, where keys and values are parts of a longer buffer.
 
@@ -350,7 +349,7 @@ def test_linear_cross_entropy(rows: int, with_bias: bool, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize(("softcap", "z_loss"), [(3.0, 0.0), (None, 0.1), (3.0, 0.1)])
 def test_linear_cross_entropy_with_more_terms(
     softcap: float | None, z_loss: float, reduction: str, dtype: torch.dtype
@@ -612,6 +611,8 @@ def test_doctor_checks_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from tinylm.kernels import check
 
     monkeypatch.setattr(check, "SECONDS", 0)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(check, "dtypes", lambda *_: [torch.float16])
     torch.use_deterministic_algorithms(False)
     results = list(check.check(torch.device(DEVICE)))
     assert all(result.ok for result in results), [str(r) for r in results if not r.ok]
