@@ -1,3 +1,4 @@
+// BPEModel for Python, with the interface of tinylm/tokenizer/bpe_reference.py.
 #include "bpe.hpp"
 
 #include <pybind11/numpy.h>
@@ -5,10 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
-#include <cstring>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -16,8 +14,8 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "bpe_train.hpp"
 #include "source_text.hpp"
+#include "text_batch.hpp"
 #include "threads.hpp"
 #include "unicode_class_ranges.hpp"
 #include "unicode_classes.hpp"
@@ -26,85 +24,7 @@ namespace tinylm {
 
 namespace {
 
-namespace py = pybind11;
-
-using MergeArray = py::array_t<TokenId, py::array::c_style | py::array::forcecast>;
 using IdArray = py::array_t<std::int64_t, py::array::c_style>;
-
-// Texts of one call, readable without the GIL: it holds references, so nothing can free them.
-class TextBatch {
- public:
-  explicit TextBatch(const py::sequence& texts) {
-    const std::size_t size = texts.size();
-    owners_.reserve(size);
-    views_.reserve(size);
-    for (std::size_t i = 0; i < size; ++i) add(texts[i]);
-  }
-
-  std::size_t size() const { return views_.size(); }
-  const SourceText& operator[](std::size_t i) const { return views_[i]; }
-
-  // Raises the UnicodeEncodeError of str.encode for the first text with a lone surrogate, if any.
-  void refuse_surrogates() const {
-    std::size_t i = 0;
-    {
-      const py::gil_scoped_release release;
-      while (i < size() && find_surrogate(views_[i]) == kNoPosition) ++i;
-    }
-    if (i == size()) return;
-    const py::object encoded = py::reinterpret_steal<py::object>(
-        PyUnicode_AsEncodedString(owners_[i].ptr(), "utf-8", "strict"));
-    if (!encoded) throw py::error_already_set();
-  }
-
-  // Runs of texts of about kChunkLength code points: [starts[i], starts[i + 1]) is a run.
-  std::vector<std::size_t> chunk_starts() const {
-    std::vector<std::size_t> starts{0};
-    std::size_t length = 0;
-    for (std::size_t i = 0; i < size(); ++i) {
-      length += views_[i].length;
-      if (length < kChunkLength && i + 1 < size()) continue;
-      starts.push_back(i + 1);
-      length = 0;
-    }
-    return starts;
-  }
-
- private:
-  static constexpr std::size_t kChunkLength = 1 << 18;
-
-  void add(py::object text) {
-    if (!PyUnicode_Check(text.ptr())) {
-      throw py::type_error("texts must be str, not " + std::string(Py_TYPE(text.ptr())->tp_name));
-    }
-#if PY_VERSION_HEX < 0x030C0000
-    if (PyUnicode_READY(text.ptr()) != 0) throw py::error_already_set();
-#endif
-    views_.push_back(
-        {PyUnicode_DATA(text.ptr()), static_cast<std::size_t>(PyUnicode_GET_LENGTH(text.ptr())),
-         static_cast<int>(PyUnicode_KIND(text.ptr())), PyUnicode_IS_ASCII(text.ptr()) != 0});
-    owners_.push_back(std::move(text));
-  }
-
-  std::vector<py::object> owners_;
-  std::vector<SourceText> views_;
-};
-
-SplitPattern to_pattern(const std::string& name) {
-  if (name == "gpt2") return SplitPattern::kGpt2;
-  if (name == "cl100k") return SplitPattern::kCl100k;
-  if (name == "cl100k_tiktoken") return SplitPattern::kCl100kTiktoken;
-  if (name == "o200k") return SplitPattern::kO200k;
-  if (name == "whitespace") return SplitPattern::kWhitespace;
-  throw py::value_error("unknown pattern " + name);
-}
-
-std::array<TokenId, 256> to_byte_ids(const std::vector<TokenId>& ids) {
-  if (ids.size() != 256) throw py::value_error("byte_ids must have 256 entries");
-  std::array<TokenId, 256> array;
-  std::copy(ids.begin(), ids.end(), array.begin());
-  return array;
-}
 
 std::vector<BpeMerge> to_merges(const MergeArray& array) {
   if (array.ndim() != 2 || array.shape(1) != 3) throw py::value_error("merges must be [n, 3]");
@@ -114,18 +34,6 @@ std::vector<BpeMerge> to_merges(const MergeArray& array) {
     merges[static_cast<std::size_t>(i)] = {rows(i, 0), rows(i, 1), rows(i, 2)};
   }
   return merges;
-}
-
-MergeArray to_array(const std::vector<BpeMerge>& merges) {
-  MergeArray array({static_cast<py::ssize_t>(merges.size()), py::ssize_t{3}});
-  auto rows = array.mutable_unchecked<2>();
-  for (std::size_t i = 0; i < merges.size(); ++i) {
-    const auto row = static_cast<py::ssize_t>(i);
-    rows(row, 0) = merges[i].left;
-    rows(row, 1) = merges[i].right;
-    rows(row, 2) = merges[i].result;
-  }
-  return array;
 }
 
 std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const MergeArray& merges,
@@ -282,56 +190,6 @@ py::bytes decode_list(const BpeModel& model, const py::list& list) {
   return decode_range(model, ids.data(), ids.data() + ids.size());
 }
 
-void count(BpeCounter& counter, const py::sequence& texts, bool replace, int threads) {
-  const TextBatch batch(texts);
-  if (!replace) batch.refuse_surrogates();
-  const py::gil_scoped_release release;
-  const auto lock = counter.lock();
-  const std::vector<std::size_t> starts = batch.chunk_starts();
-  threads = resolve_threads(threads, starts.size() - 1);
-  counter.reserve_workers(threads);
-  std::vector<std::string> buffers(static_cast<std::size_t>(threads));
-  Watch watch;
-  parallel_for(starts.size() - 1, threads, watch, [&](std::size_t chunk, int worker) {
-    std::string& buffer = buffers[static_cast<std::size_t>(worker)];
-    for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
-      counter.add(to_utf8(batch[i], buffer), worker, watch);
-    }
-  });
-}
-
-std::pair<py::list, py::array> counted_items(BpeCounter& counter) {
-  // Who holds the lock may wait for the GIL, so nobody may do it the other way round.
-  std::unique_lock<std::mutex> lock;
-  std::vector<PieceCounter::Entry> entries;
-  {
-    const py::gil_scoped_release release;
-    lock = counter.lock();
-    entries = counter.sorted_entries();
-  }
-  py::list pieces(entries.size());
-  py::array_t<std::int64_t> counts(static_cast<py::ssize_t>(entries.size()));
-  for (std::size_t i = 0; i < entries.size(); ++i) {
-    pieces[i] = py::bytes(entries[i].piece.data(), entries[i].piece.size());
-    counts.mutable_at(static_cast<py::ssize_t>(i)) = entries[i].count;
-  }
-  return {std::move(pieces), std::move(counts)};
-}
-
-MergeArray train(BpeCounter& counter, const std::vector<TokenId>& byte_ids, TokenId first_free_id,
-                 std::size_t vocab_size, std::int64_t min_frequency) {
-  const std::array<TokenId, 256> ids = to_byte_ids(byte_ids);
-  std::vector<BpeMerge> merges;
-  {
-    const py::gil_scoped_release release;
-    const auto lock = counter.lock();
-    Watch watch;
-    merges =
-        train_bpe(counter.sorted_entries(), ids, first_free_id, vocab_size, min_frequency, watch);
-  }
-  return to_array(merges);
-}
-
 py::list pretokenize(const py::str& text, const std::string& pattern) {
   const TextBatch batch(py::make_tuple(text));
   batch.refuse_surrogates();
@@ -358,22 +216,6 @@ void bind_bpe(py::module_& m) {
            py::arg("threads"))
       .def("decode", &decode_list, py::arg("ids"))
       .def("decode", &decode, py::arg("ids"));
-
-  py::class_<BpeCounter>(m, "BPECounter")
-      .def(py::init([](const std::string& pattern) {
-             return std::make_unique<BpeCounter>(to_pattern(pattern));
-           }),
-           py::arg("pattern"))
-      .def("add", &count, py::arg("texts"), py::arg("replace"), py::arg("threads"))
-      .def("__len__",
-           [](BpeCounter& counter) {
-             const py::gil_scoped_release release;
-             const auto lock = counter.lock();
-             return counter.size();
-           })
-      .def("items", &counted_items)
-      .def("train", &train, py::arg("byte_ids"), py::arg("first_free_id"), py::arg("vocab_size"),
-           py::arg("min_frequency"));
 }
 
 }  // namespace tinylm

@@ -18,5 +18,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("unicode_version") = kUnicodeVersion;
   tinylm::Watch::set_check(&check_signals);
   tinylm::bind_bpe(m);
+  tinylm::bind_bpe_train(m);
   tinylm::bind_word(m);
 }

@@ -1,0 +1,99 @@
+// What the bindings of BPE share: texts of one call and arguments common to all of them.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pair_map.hpp"
+#include "pretokenize.hpp"
+#include "source_text.hpp"
+
+namespace tinylm {
+
+namespace py = pybind11;
+
+using MergeArray = py::array_t<TokenId, py::array::c_style | py::array::forcecast>;
+
+// Texts of one call, readable without the GIL: it holds references, so nothing can free them.
+class TextBatch {
+ public:
+  explicit TextBatch(const py::sequence& texts) {
+    const std::size_t size = texts.size();
+    owners_.reserve(size);
+    views_.reserve(size);
+    for (std::size_t i = 0; i < size; ++i) add(texts[i]);
+  }
+
+  std::size_t size() const { return views_.size(); }
+  const SourceText& operator[](std::size_t i) const { return views_[i]; }
+
+  // Raises the UnicodeEncodeError of str.encode for the first text with a lone surrogate, if any.
+  void refuse_surrogates() const {
+    std::size_t i = 0;
+    {
+      const py::gil_scoped_release release;
+      while (i < size() && find_surrogate(views_[i]) == kNoPosition) ++i;
+    }
+    if (i == size()) return;
+    const py::object encoded = py::reinterpret_steal<py::object>(
+        PyUnicode_AsEncodedString(owners_[i].ptr(), "utf-8", "strict"));
+    if (!encoded) throw py::error_already_set();
+  }
+
+  // Runs of texts of about kChunkLength code points: [starts[i], starts[i + 1]) is a run.
+  std::vector<std::size_t> chunk_starts() const {
+    std::vector<std::size_t> starts{0};
+    std::size_t length = 0;
+    for (std::size_t i = 0; i < size(); ++i) {
+      length += views_[i].length;
+      if (length < kChunkLength && i + 1 < size()) continue;
+      starts.push_back(i + 1);
+      length = 0;
+    }
+    return starts;
+  }
+
+ private:
+  static constexpr std::size_t kChunkLength = 1 << 18;
+
+  void add(py::object text) {
+    if (!PyUnicode_Check(text.ptr())) {
+      throw py::type_error("texts must be str, not " + std::string(Py_TYPE(text.ptr())->tp_name));
+    }
+#if PY_VERSION_HEX < 0x030C0000
+    if (PyUnicode_READY(text.ptr()) != 0) throw py::error_already_set();
+#endif
+    views_.push_back(
+        {PyUnicode_DATA(text.ptr()), static_cast<std::size_t>(PyUnicode_GET_LENGTH(text.ptr())),
+         static_cast<int>(PyUnicode_KIND(text.ptr())), PyUnicode_IS_ASCII(text.ptr()) != 0});
+    owners_.push_back(std::move(text));
+  }
+
+  std::vector<py::object> owners_;
+  std::vector<SourceText> views_;
+};
+
+inline SplitPattern to_pattern(const std::string& name) {
+  if (name == "gpt2") return SplitPattern::kGpt2;
+  if (name == "cl100k") return SplitPattern::kCl100k;
+  if (name == "cl100k_tiktoken") return SplitPattern::kCl100kTiktoken;
+  if (name == "o200k") return SplitPattern::kO200k;
+  if (name == "whitespace") return SplitPattern::kWhitespace;
+  throw py::value_error("unknown pattern " + name);
+}
+
+inline std::array<TokenId, 256> to_byte_ids(const std::vector<TokenId>& ids) {
+  if (ids.size() != 256) throw py::value_error("byte_ids must have 256 entries");
+  std::array<TokenId, 256> array;
+  std::copy(ids.begin(), ids.end(), array.begin());
+  return array;
+}
+
+}  // namespace tinylm
