@@ -1,6 +1,7 @@
 # make demo: install, train a small model on text that comes with Python, try it
 # make test: install with all that the tests need, run them
 # make kill: kill training runs KILLS times at random moments; none may lose a bit
+# make gpu-check: all that needs a GPU: tests, the T4's code, sanitizer, benchmarks, plots
 # make fuzz: feed the tokenizers and the readers of their files with made-up input for FUZZ_SECONDS
 #            each; needs clang
 # make sanitize: run the tests of the tokenizers under the address and undefined-behaviour sanitizers
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: demo test lint format bench kill fuzz sanitize clean
+.PHONY: demo test lint format bench kill gpu-check fuzz sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tinylm doctor
@@ -46,6 +47,9 @@ bench: $(VENV)/installed-test
 
 kill: $(VENV)/installed-test
 	$(BIN)/python tests/kill_training.py --kills $(KILLS)
+
+gpu-check: $(VENV)/installed-test
+	PYTHON=$(BIN)/python tests/gpu_check.sh
 
 # Each pattern has a program of its own.
 FUZZERS := word bpe train split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace

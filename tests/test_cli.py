@@ -242,6 +242,30 @@ def test_doctor(capsys: Any) -> None:
         assert part in out
 
 
+def test_doctor_checks_the_kernels(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinylm.kernels import check
+
+    monkeypatch.setattr(check, "SECONDS", 0)
+    assert run("doctor", "--kernels", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    for operator in ("causal_attention", "layer_norm", "rms_norm", "linear_cross_entropy"):
+        lines = [line for line in out.split("\n") if line.startswith(operator)]
+        assert all(" ok " in line and " ms" in line for line in lines)
+        assert any("runs here: " in line for line in lines)
+
+
+def test_doctor_fails_when_a_kernel_is_wrong(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tinylm.kernels import attention, check
+
+    right = attention._sdpa
+    monkeypatch.setattr(attention, "_sdpa", lambda *inputs: right(*inputs) * 1.01)
+    monkeypatch.setattr(check, "SECONDS", 0)
+    assert run("doctor", "--kernels", "--device", "cpu") == 1
+    wrong = [line for line in capsys.readouterr().out.split("\n") if "WRONG" in line]
+    assert wrong
+    assert all("sdpa" in line and "float32" in line for line in wrong)
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

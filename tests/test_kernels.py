@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -109,13 +110,64 @@ def test_no_gradient_flows_from_a_position_to_later_inputs(backend: str) -> None
         assert (dv[:, :, : t + 1] != 0).all()
 
 
-def test_attention_ignores_left_padding() -> None:
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_attention_ignores_left_padding(backend: str) -> None:
     q, k, v = (randn(2, 3, 9, 16, dtype=torch.float32, seed=i) for i in range(3))
-    out = kernels.causal_attention(q, k, v, start_B=torch.tensor([0, 4]))
+    out = kernels.causal_attention(q, k, v, start_BT=torch.tensor([[0], [4]]), backend=backend)
     assert_close(out[:1], slow_attention(q[:1], k[:1], v[:1]), torch.float32)
     real = (x[1:, :, 4:] for x in (q, k, v))
     assert_close(out[1:, :, 4:], slow_attention(*real), torch.float32)
     assert (out[1, :, :4] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_attention_within_documents(backend: str, dtype: torch.dtype) -> None:
+    """Is the attention to each document by itself, gradients too."""
+    lengths = [1, 7, 31, 24]
+    q, k, v = (randn(2, 3, 63, 16, dtype=dtype, seed=i).requires_grad_() for i in range(3))
+    ids = torch.ones(2, 63, dtype=torch.long)
+    ids[:, [0, 7, 38]] = 0  # each document's end
+    start_BT = kernels.document_starts(ids, end_id=0)
+    assert start_BT.tolist() == [[0] + [1] * 7 + [8] * 31 + [39] * 24] * 2
+    out = kernels.causal_attention(q, k, v, start_BT=start_BT, backend=backend)
+    inputs64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    parts = zip(*(x.split(lengths, dim=2) for x in inputs64), strict=True)
+    expected = torch.cat([slow_attention(*part) for part in parts], dim=2)
+    assert_close(out, expected, dtype, "out")
+    pairs = zip(gradients(out, q, k, v), gradients(expected, *inputs64), strict=True)
+    for actual, wanted in pairs:
+        assert_close(actual, wanted, dtype, "gradient", floor=1.0)
+
+
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_no_gradient_crosses_a_document_boundary(backend: str) -> None:
+    q, k, v = (randn(1, 2, 12, 16, dtype=torch.float32, seed=i).requires_grad_() for i in range(3))
+    start = torch.tensor([0] * 5 + [5] * 7)
+    out = kernels.causal_attention(q, k, v, start_BT=start, backend=backend)
+    for t in range(12):
+        dv = torch.autograd.grad(out[:, :, t].sum(), v, retain_graph=True)[0]
+        seen = (torch.arange(12) >= start[t]) & (torch.arange(12) <= t)
+        assert ((dv != 0).all(dim=(0, 1, 3)) == seen).all()
+        assert ((dv != 0).any(dim=3).any(dim=1)[0] == seen).all()
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options", "message"),
+    [
+        ((1, 2, 5, 8), (1, 2, 4, 8), {}, "5 queries on 4 keys"),
+        ((1, 3, 4, 8), (1, 2, 4, 8), {}, "3 query heads on 2 key heads"),
+        ((1, 2, 4, 8), (2, 2, 4, 8), {}, "batch and head dimension must be the same"),
+        ((2, 4, 8), (2, 4, 8), {}, r"needs \(B, H, T, D\)"),
+        ((3, 2, 4, 8), (3, 2, 4, 8), {"start_BT": torch.zeros(2)}, r"expand to \(3, 4\)"),
+    ],
+)
+def test_attention_refuses_shapes_that_do_not_belong_together(
+    q: tuple[int, ...], k: tuple[int, ...], options: dict[str, Tensor], message: str
+) -> None:
+    keys = randn(*k)
+    with pytest.raises(InputError, match=message):
+        kernels.causal_attention(randn(*q), keys, keys, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,6 +190,21 @@ def test_layer_norm(backend: str, width: int, residual: bool, dtype: torch.dtype
         pairs = zip(gradients(normed, x, weight, bias), gradients(expected, *inputs64), strict=True)
         for actual, wanted in pairs:
             assert_close(actual, wanted, dtype, "gradient")
+
+
+@pytest.mark.parametrize("backend", TORCH["layer_norm"])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
+def test_gradients_of_layer_norm_over_many_rows(parameters: torch.dtype, backend: str) -> None:
+    """torch by itself adds up 2,048 rows of bf16 in bf16, and is off by 7 %."""
+    x = randn(2048, 16, dtype=torch.bfloat16)
+    weight = randn(16, dtype=parameters, seed=1).requires_grad_()
+    bias = randn(16, dtype=parameters, seed=2).requires_grad_()
+    out = kernels.layer_norm(x, weight, bias, backend=backend)
+    inputs64 = [t.detach().double().requires_grad_() for t in (weight, bias)]
+    expected = F.layer_norm(x.double(), (16,), *inputs64)
+    pairs = zip(gradients(out, weight, bias), gradients(expected, *inputs64), strict=True)
+    for actual, wanted in pairs:
+        assert_close(actual, wanted, torch.bfloat16, "gradient")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,6 +261,72 @@ def test_linear_cross_entropy(backend: str, dtype: torch.dtype, with_bias: bool,
         assert_close(a, b, dtype, f"d{name}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (3.0, 0.0), (None, 0.1), (3.0, 0.1)])
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
+def test_linear_cross_entropy_with_more_terms(
+    backend: str, softcap: float | None, z_loss: float, reduction: str, dtype: torch.dtype
+) -> None:
+    """Logits of about 5, so that a cap of 3 bends them; 300 rows are more than one chunk."""
+    h, weight, bias = (
+        randn(*s, dtype=dtype, seed=i) for i, s in enumerate([(300, 24), (97, 24), (97,)])
+    )
+    inputs = [x.requires_grad_() for x in (h, weight, bias)]
+    targets = torch.arange(300) * 7 % 97
+    targets[1::5] = 3
+    loss = kernels.linear_cross_entropy(
+        h, weight, targets, bias,
+        ignore_index=3, softcap=softcap, z_loss=z_loss, reduction=reduction, backend=backend,
+    )  # fmt: skip
+    inputs64 = [x.detach().double().requires_grad_() for x in inputs]
+    logits = F.linear(*inputs64)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    picked = logits.softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    expected = -picked.log() + z_loss * logits.exp().sum(-1).log() ** 2
+    expected = torch.where(targets == 3, 0.0, expected)
+    if reduction != "none":
+        expected = expected.sum() / ((targets != 3).sum() if reduction == "mean" else 1)
+    assert_close(loss, expected, dtype, "loss")
+    pairs = zip(gradients(loss, *inputs), gradients(expected, *inputs64), strict=True)
+    for name, (actual, wanted) in zip(("h", "weight", "bias"), pairs, strict=True):
+        assert_close(
+            actual, wanted, dtype, f"d{name}", floor=1.0 if dtype == torch.bfloat16 else 1e-3
+        )
+
+
+def test_gradients_of_a_mean_of_row_losses_do_not_underflow() -> None:
+    """A probability over a million rows is 0 in fp16."""
+    h = randn(64, 16, dtype=torch.float16)
+    weight = randn(97, 16, dtype=torch.float32, seed=1).requires_grad_()
+    loss_N = kernels.linear_cross_entropy(
+        h, weight, torch.arange(64), reduction="none", backend="chunked"
+    )
+    (dweight,) = torch.autograd.grad(loss_N.sum() / 1e6, weight)
+    weight64 = weight.detach().double().requires_grad_()
+    expected = F.cross_entropy(h.double() @ weight64.T, torch.arange(64), reduction="sum")
+    assert_close(dweight * 1e6, torch.autograd.grad(expected, weight64)[0], torch.bfloat16, "dw")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": 0.0}, r"softcap is 0\.0; it must be above 0"),
+        ({"reduction": "max"}, "reduction is 'max'; choose mean, sum or none"),
+        ({"bias_V": torch.zeros(3)}, "one bias per token"),
+        ({"targets_N": torch.zeros(3, dtype=torch.long)}, "one target per row"),
+        ({"weight_VC": torch.zeros(9, 5)}, r"shapes \(4, 8\) and \(9, 5\)"),
+    ],
+)
+def test_linear_cross_entropy_refuses_what_does_not_belong_together(
+    options: dict[str, Any], message: str
+) -> None:
+    call = {"h_NC": torch.zeros(4, 8), "weight_VC": torch.zeros(9, 8)}
+    call["targets_N"] = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(InputError, match=message):
+        kernels.linear_cross_entropy(**call | options)
+
+
 def test_linear_cross_entropy_under_autocast_computes_in_bf16() -> None:
     h, weight = randn(300, 24, dtype=torch.float32), randn(97, 24, dtype=torch.float32, seed=1)
     h.requires_grad_(), weight.requires_grad_()
@@ -217,6 +350,40 @@ def test_linear_cross_entropy_computes_only_the_gradients_asked_for() -> None:
     loss.backward()
     assert h.grad is not None
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 2, 0, 16)], ids=str)
+def test_attention_of_nothing(shape: tuple[int, ...], backend: str) -> None:
+    q = torch.zeros(shape, requires_grad=True)
+    k = torch.zeros(shape[0], 2, *shape[2:], requires_grad=True)
+    for start_BT in (None, torch.zeros(shape[0], 1, dtype=torch.int32)):
+        out = kernels.causal_attention(q, k, k, start_BT=start_BT, backend=backend)
+        assert out.shape == shape
+        out.sum().backward()
+        assert (k.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", TORCH["layer_norm"])
+def test_norms_of_nothing(backend: str) -> None:
+    x, weight = torch.zeros(0, 16, requires_grad=True), torch.ones(16, requires_grad=True)
+    norms = [kernels.layer_norm(x, weight, weight, backend=backend), kernels.rms_norm(x, weight)]
+    for out in norms:
+        assert out.shape == (0, 16)
+        assert (torch.autograd.grad(out.sum(), weight)[0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
+def test_linear_cross_entropy_of_nothing(backend: str) -> None:
+    """As in torch: a mean over nothing is NaN, a sum 0."""
+    h, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(9, 8, requires_grad=True)
+    for reduction in ("none", "sum", "mean"):
+        loss = kernels.linear_cross_entropy(
+            h, weight, torch.zeros(0, dtype=torch.long), reduction=reduction, backend=backend
+        )
+        assert loss.shape == ((0,) if reduction == "none" else ())
+        assert (loss.sum() == 0) != (reduction == "mean")
+        assert torch.autograd.grad(loss.sum(), weight)[0].shape == weight.shape
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from tinylm import notebook
 from tinylm.config import PRESETS, ModelConfig, TrainConfig
 from tinylm.errors import InputError
 from tinylm.export import qwen3_config, qwen3_tensors
+from tinylm.kernels import document_starts
 from tinylm.model import KVCache, Transformer
 
 
@@ -79,8 +80,25 @@ def test_left_padding_changes_nothing(preset: str) -> None:
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), ids), dim=1)
     with torch.no_grad():
         plain = model(ids)
-        out = model.logits(model.hidden(padded, start_B=torch.tensor([5])))[:, 5:]
+        out = model.logits(model.hidden(padded, start_BT=torch.tensor([[5]])))[:, 5:]
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["causal", "modern"])
+def test_packed_documents_are_as_if_alone(preset: str) -> None:
+    """With learned positions, which begin again in each document, and with rotary ones."""
+    model, ids = small_model(preset), random_ids(1, 12)
+    ids[ids == 0] = 1
+    ids[0, 4] = 0  # the end of the first
+    start_BT = document_starts(ids, end_id=0)
+    out = model.logits(model.hidden(ids, start_BT=start_BT))
+    alone = torch.cat((model(ids[:, :5]), model(ids[:, 5:])), dim=1)
+    torch.testing.assert_close(out, alone, rtol=1e-5, atol=1e-5)
+    targets = ids.roll(-1, dims=1)
+    loss = model.loss(ids, targets, start_BT=start_BT, z_loss=0.1)
+    expected = nn.functional.cross_entropy(alone[0], targets[0])
+    penalty = 0.1 * alone.logsumexp(-1).square().mean()
+    torch.testing.assert_close(loss, expected + penalty)
 
 
 def test_too_long_a_context_is_named() -> None:

@@ -40,9 +40,17 @@ def test_in_the_interpreter() -> None:
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_the_gpu() -> None:
-    # The second is what cuBLAS wants, where the references ask torch for repeatable results.
-    run_suite(TRITON_INTERPRET="0", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+@pytest.mark.parametrize("arch", ["own", "sm75"])
+def test_on_the_gpu(arch: str, tmp_path: Path) -> None:
+    """As it is, and with the code that a T4 gets, which newer GPUs run too."""
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    # What cuBLAS wants, where the references ask torch for repeatable results.
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if arch == "sm75":
+        if torch.cuda.get_device_capability() < (8, 0):
+            pytest.skip("this GPU runs no newer code")
+        environment["TRITON_OVERRIDE_ARCH"] = arch
+    run_suite(**environment)
 
 
 def test_triton_is_imported_only_where_it_is_chosen() -> None:

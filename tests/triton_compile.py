@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tinylm.kernels import turing
-from tinylm.kernels.triton import attention, linear_cross_entropy, norm
+from tinylm.kernels.triton import attention, attention_decode, linear_cross_entropy, norm
 
 ARCH = int(sys.argv[1])
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,16 +48,21 @@ class Driver:
         return torch.device("cpu")
 
 
-def compile_instead_of_launching(found: list[Any]) -> None:
+def compile_instead_of_launching(then: Callable[[Any, Any, Any, Any], None]) -> None:
+    """Every launch calls ``then(compiled kernel, grid, arguments, options)`` instead."""
     driver.set_active(Driver())
     if "stock" not in sys.argv:
         turing.install()
-    for module in (attention, linear_cross_entropy):
+    for module in (attention, attention_decode, linear_cross_entropy):
         module.capability = lambda x: divmod(ARCH, 10)
-    norm.programs_for = lambda x, tiles: min(tiles, 160)
+    for module in (attention_decode, norm):
+        module.processors = lambda x: 40
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: found.append(kernel.warmup(*args, grid=grid, **kwargs))
+        def launch(*args: Any, **kwargs: Any) -> None:
+            then(kernel.warmup(*args, grid=grid, **kwargs), grid, args, kwargs)
+
+        return launch
 
     JITFunction.__getitem__ = launcher
 
@@ -88,9 +93,19 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             continue
         qkv = [torch.empty(2, 4, length, head_dim, dtype=dtype) for _ in range(3)]
         out, lse = torch.empty(2, length, 4, head_dim, dtype=dtype), torch.empty(2, 4, length)
-        name = f"attention T={length} D={head_dim}"
-        yield name, partial(attention.attention_forward, *qkv, 0.2, True)
-        yield name, partial(attention.attention_backward, out, *qkv, out, lse, 0.2, True)
+        starts = [None]
+        if (length, head_dim) in ((64, 64), (256, 128)):  # the fullest of each kind
+            starts.append(torch.zeros(2, length, dtype=torch.int32))
+        for start in starts:
+            name = f"attention T={length} D={head_dim}{'' if start is None else ' documents'}"
+            yield name, partial(attention.attention_forward, *qkv, start, 0.2, True)
+            backward = attention.attention_backward
+            yield name, partial(backward, out, *qkv, start, out, lse, 0.2, True)
+    head_dim = attention.LARGEST_HEAD_DIM[dtype]
+    q, kv = (torch.empty(1, h, s, head_dim, dtype=dtype) for h, s in ((8, 1), (4, 4096)))
+    start = torch.zeros(1, 1, dtype=torch.int32)
+    name = f"decoding S=4096 D={head_dim} padded"
+    yield name, partial(attention.attention_forward, q, kv, kv, start, 0.2, True)
     weight, rows, x = torch.empty(128), torch.empty(512), torch.empty(512, 128, dtype=dtype)
     yield "layer_norm", partial(norm.norm_forward, x, x, weight, weight, 1e-5, False)
     yield "layer_norm", partial(norm.norm_backward, x, x, x, weight, rows, rows, False)
@@ -100,16 +115,18 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     for width in (128, 256):
         h, head = torch.empty(512, width, dtype=dtype), torch.empty(10_000, width, dtype=dtype)
         inputs = h, head, bias, target
-        name = f"linear_cross_entropy C={width}"
-        lce = linear_cross_entropy
-        yield name, partial(lce.linear_cross_entropy_forward, *inputs, -100, dtype, True)
-        backward = lce.linear_cross_entropy_backward_weight
-        yield name, partial(backward, rows, *inputs, rows, -100, dtype)
+        forward = linear_cross_entropy.linear_cross_entropy_forward
+        backward = linear_cross_entropy.linear_cross_entropy_backward_weight
+        for softcap in (None, 30.0) if width == 128 else (None,):
+            name = f"linear_cross_entropy C={width}{'' if softcap is None else ' softcap'}"
+            terms = -100, softcap, 1e-4, dtype
+            yield name, partial(forward, *inputs, *terms, True)
+            yield name, partial(backward, rows, *inputs, rows, *terms)
 
 
 def main() -> None:
     found: list[Any] = []
-    compile_instead_of_launching(found)
+    compile_instead_of_launching(lambda compiled, *_: found.append(compiled))
     chosen = calls(getattr(torch, sys.argv[2]))
     if "stock" in sys.argv:  # the first call shows it
         chosen = itertools.islice(chosen, 1)

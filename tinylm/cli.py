@@ -490,13 +490,25 @@ def _add_doctor(verbs: Any) -> None:
     text = "show versions, devices, and which implementation runs and why"
     parser = _command(verbs, "doctor", _doctor, text)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="run every operator against its reference on the device; exit code 1 if one is wrong",
+    )
 
 
-def _doctor(arguments: argparse.Namespace) -> None:
-    from tinylm.doctor import lines
+def _doctor(arguments: argparse.Namespace) -> int:
+    from tinylm.doctor import kernel_lines, lines
 
-    for line in lines(arguments.device):
-        print(line)
+    if not arguments.kernels:
+        for line in lines(arguments.device):
+            print(line)
+        return 0
+    all_ok = True
+    for line, ok in kernel_lines(arguments.device):
+        print(line, flush=True)
+        all_ok = all_ok and ok
+    return 0 if all_ok else FAILED
 
 
 if __name__ == "__main__":

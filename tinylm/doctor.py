@@ -43,6 +43,16 @@ def lines(device: str = "auto") -> Iterator[str]:
         yield f"advice        {line}"
 
 
+def kernel_lines(device: str = "auto") -> Iterator[tuple[str, bool]]:
+    """Of ``tinylm doctor --kernels``: a line for each check, and whether it went well."""
+    from tinylm.kernels.check import check
+
+    chosen = choose_device(device)
+    yield f"kernels on {chosen}: error against fp64, and time of forward and backward", True
+    for result in check(chosen.torch_device):
+        yield str(result), result.ok
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)

@@ -87,7 +87,7 @@ class Context:
         limit = self.model.config.max_seq_len
         if self.cache is not None and self.cache.length < limit:
             ids_BT = self._tensor([sequence[-1:] for sequence in self.sequences])
-            hidden_BTC = self.model.hidden(ids_BT, self.cache, self.start_B)
+            hidden_BTC = self.model.hidden(ids_BT, self.cache, self.start_BT)
             return self.model.logits(hidden_BTC[:, -1])
         longest = max(len(sequence) for sequence in self.sequences)
         # A full cache starts again from the last half of the context, so that a long text costs
@@ -102,11 +102,11 @@ class Context:
         pads = [length - len(sequence) for sequence in recent]
         padded = [[0] * pad + sequence for pad, sequence in zip(pads, recent, strict=True)]
         ids_BT = self._tensor(padded)
-        self.start_B = self._tensor(pads) if any(pads) else None
+        self.start_BT = self._tensor(pads)[:, None] if any(pads) else None
         if self.use_cache:
             like = self.model.embedding.weight
             self.cache = KVCache.empty(self.model.config, len(recent), like)
-        return self.model.logits(self.model.hidden(ids_BT, self.cache, self.start_B)[:, -1])
+        return self.model.logits(self.model.hidden(ids_BT, self.cache, self.start_BT)[:, -1])
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, device=self.model.embedding.weight.device)

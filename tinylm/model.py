@@ -82,7 +82,7 @@ class Attention(nn.Module):
         layer: int,
         rotary_TD: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
-        start_B: Tensor | None,
+        start_BT: Tensor | None,
     ) -> Tensor:
         B, T, C = x_BTC.shape
         qkv_BTHD = self.qkv(x_BTC).view(B, T, -1, self.config.head_dim)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v_BHTD = cache.append(layer, k, v_BHTD)
         out_BHTD = kernels.causal_attention(
-            q, k, v_BHTD, causal=self.config.causal, start_B=start_B
+            q, k, v_BHTD, causal=self.config.causal, start_BT=start_BT
         )
         return self.out(out_BHTD.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
 
@@ -127,12 +127,12 @@ class Block(nn.Module):
         layer: int,
         rotary_TD: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
-        start_B: Tensor | None,
+        start_BT: Tensor | None,
     ) -> Tensor:
         if self.pre_norm:
-            x_BTC = x_BTC + self.attention(self.norm1(x_BTC), layer, rotary_TD, cache, start_B)
+            x_BTC = x_BTC + self.attention(self.norm1(x_BTC), layer, rotary_TD, cache, start_BT)
             return x_BTC + self.feed_forward(self.norm2(x_BTC))  # type: ignore[no-any-return]
-        x_BTC = self.norm1(x_BTC + self.attention(x_BTC, layer, rotary_TD, cache, start_B))
+        x_BTC = self.norm1(x_BTC + self.attention(x_BTC, layer, rotary_TD, cache, start_BT))
         return self.norm2(x_BTC + self.feed_forward(x_BTC))  # type: ignore[no-any-return]
 
 
@@ -197,14 +197,15 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def hidden(
-        self, ids_BT: Tensor, cache: KVCache | None = None, start_B: Tensor | None = None
+        self, ids_BT: Tensor, cache: KVCache | None = None, start_BT: Tensor | None = None
     ) -> Tensor:
         """Final hidden states h_BTC, before the head.
 
         Args:
             ids_BT: token ids; with a cache, those after the cached positions.
             cache: read and extended in place.
-            start_B: index of each sequence's first real token (left padding), None for 0.
+            start_BT: index of the first token that each one sees, in its sequence; None for 0. Of
+                left padding it is (B, 1), of packed documents `tinylm.kernels.document_starts`.
 
         Raises:
             InputError: the positions would pass ``max_seq_len`` (models with positions only).
@@ -218,14 +219,14 @@ class Transformer(nn.Module):
         x_BTC = self.embedding(ids_BT)
         if self.config.positions == "learned":
             position_BT = torch.arange(past, past + T, device=ids_BT.device)[None]
-            if start_B is not None:
-                position_BT = (position_BT - start_B[:, None]).clamp(min=0)
+            if start_BT is not None:
+                position_BT = (position_BT - start_BT).clamp(min=0)
             x_BTC = x_BTC + self.position_embedding(position_BT)
         rotary_TD = None
         if self.config.positions == "rope":
             rotary_TD = self.cos_SD[past : past + T], self.sin_SD[past : past + T]
         for layer, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, layer, rotary_TD, cache, start_B)
+            x_BTC = block(x_BTC, layer, rotary_TD, cache, start_BT)
         if cache is not None:
             cache.length += T
         return self.norm(x_BTC)  # type: ignore[no-any-return]
@@ -238,11 +239,23 @@ class Transformer(nn.Module):
         """logits_BTV: at each position, of the token after it."""
         return self.logits(self.hidden(ids_BT))
 
-    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per target; targets of -100 count nowhere."""
-        h_NC = self.hidden(ids_BT).flatten(0, 1)
+    def loss(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        *,
+        start_BT: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """Mean cross-entropy in nats per target; targets of -100 count nowhere.
+
+        Args:
+            start_BT: as in `hidden`; of packed documents, that none may see another.
+            z_loss: as in `tinylm.kernels.linear_cross_entropy`.
+        """
+        h_NC = self.hidden(ids_BT, start_BT=start_BT).flatten(0, 1)
         return kernels.linear_cross_entropy(
-            h_NC, self.head_weight_VC, targets_BT.flatten(), self.head_bias_V
+            h_NC, self.head_weight_VC, targets_BT.flatten(), self.head_bias_V, z_loss=z_loss
         )
 
     def matrices(self) -> dict[str, int]:

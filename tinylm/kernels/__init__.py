@@ -8,7 +8,7 @@ Which implementation runs is decided once per device in `tinylm.kernels.dispatch
 environment variable ``TINYLM_KERNELS`` and a ``backend=`` argument override it.
 """
 
-from tinylm.kernels.attention import causal_attention
+from tinylm.kernels.attention import causal_attention, document_starts
 from tinylm.kernels.dispatch import Selection, selections
 from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
 from tinylm.kernels.norm import layer_norm, rms_norm
@@ -18,6 +18,7 @@ __all__ = [
     "Selection",
     "apply_rotary",
     "causal_attention",
+    "document_starts",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

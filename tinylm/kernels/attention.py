@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylm.errors import InputError
 from tinylm.kernels.dispatch import autocast_dtype, implementation, statistics_dtype, torch_instead
 
 # A finite stand-in for minus infinity: a row that is masked everywhere stays free of NaN.
@@ -19,7 +20,7 @@ def causal_attention(
     *,
     scale: float | None = None,
     causal: bool = True,
-    start_B: Tensor | None = None,
+    start_BT: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(q kᵀ · scale) v, each query seeing the keys up to its own position.
@@ -30,14 +31,21 @@ def causal_attention(
 
     Args:
         scale: factor on the scores, ``1 / sqrt(D)`` if None.
-        causal: False lets every query see every key.
-        start_B: first real key of each sequence (left padding); queries before it give zeros.
+        causal: False lets every query see every key from its start on.
+        start_BT: the first key that each query may see, whole numbers in a shape that expands to
+            (B, T): the start of the query's document (`document_starts`), or, as (B, 1), of each
+            sequence after its left padding. A query that sees no key gives zeros.
         backend: ``"triton"``, ``"sdpa"`` or ``"matmul"``; chosen by device if None.
 
     Returns:
         out_BHTD in the dtype of ``q_BHTD``.
+
+    Raises:
+        InputError: the shapes do not belong together.
     """
+    _check(q_BHTD, k_BHSD, v_BHSD)
     scale = 1.0 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
+    start_BT = None if start_BT is None else _expanded(start_BT, q_BHTD)
     device_type = q_BHTD.device.type
     name = implementation("causal_attention", device_type, backend)
     if name == "triton":
@@ -45,49 +53,103 @@ def causal_attention(
 
         dtype = autocast_dtype(q_BHTD)
         qkv = q_BHTD.to(dtype), k_BHSD.to(dtype), v_BHSD.to(dtype)
-        refusal = kernels.refusal(*qkv, start_B)
+        refusal = kernels.refusal(*qkv)
         if refusal is None:
-            return kernels.attention(*qkv, scale, causal)
+            return kernels.attention(*qkv, start_BT, scale, causal)
         name = torch_instead("causal_attention", device_type, refusal)
     groups = q_BHTD.shape[1] // k_BHSD.shape[1]
     if groups > 1:
         k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BHSD, v_BHSD))
-    if name == "sdpa" and start_B is None:
-        return _sdpa(q_BHTD, k_BHSD, v_BHSD, scale, causal)
-    return _matmul(q_BHTD, k_BHSD, v_BHSD, scale, _mask(q_BHTD, k_BHSD, causal, start_B))
+    run = _sdpa if name == "sdpa" else _matmul
+    return run(q_BHTD, k_BHSD, v_BHSD, scale, causal, start_BT)
 
 
-def _mask(q_BHTD: Tensor, k_BHSD: Tensor, causal: bool, start_B: Tensor | None) -> Tensor | None:
+def document_starts(ids_BT: Tensor, end_id: int) -> Tensor:
+    """start_BT (int32) of packed documents that each end with ``end_id``, for `causal_attention`.
+
+    The end belongs to the document that it ends.
+    """
+    place_T = torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device, dtype=torch.int32)
+    after_BT = torch.where(ids_BT == end_id, place_T, 0).cummax(dim=1).values.int()
+    return F.pad(after_BT, (1, 0))[:, :-1]
+
+
+def _check(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
+    shapes = " and ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHSD, v_BHSD))
+    if not (q_BHTD.dim() == k_BHSD.dim() == 4 and k_BHSD.shape == v_BHSD.shape):
+        raise InputError(f"attention of shapes {shapes}: needs (B, H, T, D) and twice (B, H, S, D)")
+    (_, H, T, _), (_, H_kv, S, _) = q_BHTD.shape, k_BHSD.shape
+    if q_BHTD.shape[::3] != k_BHSD.shape[::3]:
+        raise InputError(f"attention of shapes {shapes}: batch and head dimension must be the same")
+    if H_kv == 0 or H % H_kv:
+        raise InputError(f"attention of {H} query heads on {H_kv} key heads: not a multiple")
+    if T > S:
+        raise InputError(f"attention of {T} queries on {S} keys: the queries are the last of them")
+
+
+def _expanded(start_BT: Tensor, q_BHTD: Tensor) -> Tensor:
+    B, _, T, _ = q_BHTD.shape
+    try:
+        return start_BT.expand(B, T)
+    except RuntimeError:
+        raise InputError(
+            f"start_BT of shape {tuple(start_BT.shape)} does not expand to {(B, T)}; "
+            "left padding is (B, 1)"
+        ) from None
+
+
+def _mask(q_BHTD: Tensor, k_BHSD: Tensor, causal: bool, start_BT: Tensor | None) -> Tensor | None:
     """True where a query may look, broadcastable to (B, H, T, S); None when everywhere."""
     T, S = q_BHTD.shape[2], k_BHSD.shape[2]
-    if start_B is None and (not causal or T == 1):
+    if start_BT is None and (not causal or T == 1):
         return None
     key_S = torch.arange(S, device=q_BHTD.device)
     query_T = key_S[S - T :]
     mask_TS = key_S <= query_T[:, None] if causal else torch.ones_like(key_S, dtype=torch.bool)
-    return mask_TS if start_B is None else mask_TS & (key_S >= start_B[:, None, None, None])
+    return mask_TS if start_BT is None else mask_TS & (key_S >= start_BT[:, None, :, None])
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores instead of masking them."""
+    lowest = max(MASKED, torch.finfo(dtype).min)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
 
 
 def _matmul(
-    q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, mask: Tensor | None
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    scale: float,
+    causal: bool,
+    start_BT: Tensor | None,
 ) -> Tensor:
     """The plain reference. The softmax is fp32 whatever the inputs are."""
+    mask = _mask(q_BHTD, k_BHSD, causal, start_BT)
     scores_BHTS = (q_BHTD * scale) @ k_BHSD.transpose(-1, -2)
     if mask is not None:
-        lowest = max(MASKED, torch.finfo(scores_BHTS.dtype).min)
-        bias = torch.zeros_like(mask, dtype=scores_BHTS.dtype).masked_fill_(~mask, lowest)
-        scores_BHTS = scores_BHTS + bias
+        scores_BHTS = scores_BHTS + _bias(mask, scores_BHTS.dtype)
     weights_BHTS = torch.softmax(scores_BHTS, dim=-1, dtype=statistics_dtype(scores_BHTS))
-    if mask is not None and mask.dim() > 2:  # left padding: rows that see nothing give zeros
+    if mask is not None and start_BT is not None:  # rows that see nothing give zeros
         weights_BHTS = weights_BHTS * mask.any(dim=-1, keepdim=True)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD
 
 
-def _sdpa(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, causal: bool) -> Tensor:
+def _sdpa(
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    scale: float,
+    causal: bool,
+    start_BT: Tensor | None,
+) -> Tensor:
     T, S = q_BHTD.shape[2], k_BHSD.shape[2]
-    if causal and 1 < T < S:  # is_causal aligns to the first key, we to the last
-        mask = _mask(q_BHTD, k_BHSD, causal, None)
-        return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=mask, scale=scale)
-    return F.scaled_dot_product_attention(
-        q_BHTD, k_BHSD, v_BHSD, is_causal=causal and T == S, scale=scale
-    )
+    if start_BT is None and not (causal and 1 < T < S):
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BHSD, v_BHSD, is_causal=causal and T == S, scale=scale
+        )
+    # is_causal aligns to the first key, we to the last.
+    mask = _mask(q_BHTD, k_BHSD, causal, start_BT)
+    assert mask is not None
+    bias = _bias(mask, autocast_dtype(q_BHTD))
+    out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=bias, scale=scale)
+    return out_BHTD if start_BT is None else out_BHTD * mask.any(dim=-1, keepdim=True)

@@ -5,17 +5,27 @@ step. So rows are taken a chunk at a time, and a chunk's gradients are computed 
 are still in cache (the idea of Cut Your Losses, Wijmans et al. 2024, and of Liger Kernel).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylm.errors import InputError
 from tinylm.kernels.dispatch import autocast_dtype, implementation, torch_instead, wide
 
 # Rows of logits alive at once. On a CPU 256 × 10,000 fp32 (10 MB) is the fastest of 64 … 2,048;
 # a GPU wants larger products.
 CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
+
+
+class Terms(NamedTuple):
+    """What is computed, beyond the plain cross-entropy of all rows."""
+
+    ignore_index: int
+    softcap: float | None
+    z_loss: float
+    dtype: torch.dtype  # of the matrix products
 
 
 def linear_cross_entropy(
@@ -25,40 +35,98 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     *,
     ignore_index: int = -100,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Mean over N of ``-log softmax(h weightᵀ + bias)[target]``, in nats.
+    """``-log softmax(z)[target]`` in nats, with ``z = h weightᵀ + bias``, over the rows.
 
     Matrix products run in autocast's dtype if it is on, else in the dtype of ``h_NC``; softmax
     and sums are fp32 (fp64 if all is). Rows whose target is ``ignore_index`` count nowhere; with
-    no row left the loss is NaN, as in torch.
+    no row left the mean is NaN, as in torch.
 
     Args:
+        softcap: ``z`` becomes ``softcap · tanh(z / softcap)`` (Gemma Team 2024).
+        z_loss: each row's loss grows by ``z_loss · (log Σ exp z)²`` (Chowdhery et al. 2022).
+        reduction: ``"mean"`` of the rows that count, ``"sum"``, or ``"none"``: loss_N, 0 in
+            rows that do not count.
         backend: ``"triton"``, ``"chunked"`` or ``"reference"``; chosen by device if None.
+
+    Raises:
+        InputError: the shapes do not belong together, or an option is out of its range.
     """
+    _check(h_NC, weight_VC, targets_N, bias_V, softcap, reduction)
     device_type = h_NC.device.type
     name = implementation("linear_cross_entropy", device_type, backend)
-    dtype = autocast_dtype(h_NC)
+    terms = Terms(ignore_index, softcap, z_loss, autocast_dtype(h_NC))
+    inputs = h_NC, weight_VC, bias_V, targets_N
     if name == "triton":
         from tinylm.kernels.triton import linear_cross_entropy as kernels
 
-        refusal = kernels.refusal(h_NC, weight_VC, bias_V, dtype)
+        refusal = kernels.refusal(h_NC, weight_VC, bias_V, terms.dtype)
         if refusal is None:
-            return kernels.linear_cross_entropy(
-                h_NC, weight_VC, targets_N, bias_V, ignore_index, dtype
-            )
+            return _reduced(kernels.loss_N(*inputs, *terms), targets_N, ignore_index, reduction)
         name = torch_instead("linear_cross_entropy", device_type, refusal)
     if name == "reference":
-        logits_NV = wide(F.linear(h_NC, weight_VC, bias_V))
-        return F.cross_entropy(logits_NV, targets_N, ignore_index=ignore_index)
-    loss: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        h_NC, weight_VC, bias_V, targets_N, ignore_index, dtype
+        return _reduced(_reference(*inputs, terms), targets_N, ignore_index, reduction)
+    loss: Tensor
+    if reduction == "none":
+        loss = _ChunkedRows.apply(*inputs, terms)  # type: ignore[no-untyped-call]
+        return loss
+    loss = _ChunkedSum.apply(*inputs, terms)  # type: ignore[no-untyped-call]
+    return loss / (targets_N != ignore_index).sum() if reduction == "mean" else loss
+
+
+def _check(
+    h_NC: Tensor,
+    weight_VC: Tensor,
+    targets_N: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    reduction: str,
+) -> None:
+    if h_NC.dim() != 2 or weight_VC.dim() != 2 or h_NC.shape[1] != weight_VC.shape[1]:
+        shapes = f"{tuple(h_NC.shape)} and {tuple(weight_VC.shape)}"
+        raise InputError(f"linear_cross_entropy of shapes {shapes}: needs (N, C) and (V, C)")
+    if targets_N.shape != h_NC.shape[:1] or (
+        bias_V is not None and bias_V.shape != weight_VC.shape[:1]
+    ):
+        raise InputError("linear_cross_entropy needs one target per row and one bias per token")
+    if softcap is not None and not softcap > 0:
+        raise InputError(f"softcap is {softcap}; it must be above 0, or None")
+    if reduction not in ("mean", "sum", "none"):
+        raise InputError(f"reduction is {reduction!r}; choose mean, sum or none")
+
+
+def _reduced(loss_N: Tensor, targets_N: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss_N
+    total = loss_N.sum()
+    return total if reduction == "sum" else total / (targets_N != ignore_index).sum()
+
+
+def _reference(
+    h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, terms: Terms
+) -> Tensor:
+    """loss_N, as plainly as can be."""
+    logits_NV = wide(F.linear(h_NC, weight_VC, bias_V))
+    if terms.softcap is not None:
+        logits_NV = terms.softcap * torch.tanh(logits_NV / terms.softcap)
+    loss_N = F.cross_entropy(
+        logits_NV, targets_N, ignore_index=terms.ignore_index, reduction="none"
     )
-    return loss
+    if not terms.z_loss:
+        return loss_N
+    penalty_N = terms.z_loss * torch.logsumexp(logits_NV, dim=-1).square()
+    return loss_N + penalty_N.where(targets_N != terms.ignore_index, 0.0)
 
 
-class _Chunked(torch.autograd.Function):
-    """Loss and gradients in one pass over the chunks; backward only scales what forward found."""
+class _ChunkedSum(torch.autograd.Function):
+    """Loss and gradients in one pass over the chunks; backward only scales what forward found.
+
+    The mean is a sum divided later: softmax / N would underflow in fp16.
+    """
 
     @staticmethod
     def forward(
@@ -67,69 +135,123 @@ class _Chunked(torch.autograd.Function):
         weight_VC: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
-        ignore_index: int,
-        dtype: torch.dtype,
+        terms: Terms,
     ) -> Tensor:
-        with torch.autocast(h_NC.device.type, enabled=False):
-            return _forward(ctx, h_NC, weight_VC, bias_V, targets_N, ignore_index, dtype)
+        need = ctx.needs_input_grad[:3]
+        loss_N, gradients = _chunked(h_NC, weight_VC, bias_V, targets_N, terms, need)
+        ctx.save_for_backward(*gradients)
+        return loss_N.sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_outputs[0] / ctx.saved_tensors[3]
-        dh, dweight, dbias = (
-            None if g is None else (g * scale).to(g.dtype) for g in ctx.saved_tensors[:3]
+        scaled = (
+            None if g is None else (g * grad_outputs[0]).to(g.dtype) for g in ctx.saved_tensors
         )
-        return dh, dweight, dbias, None, None, None
+        return *scaled, None, None
 
 
-def _forward(
-    ctx: Any,
+class _ChunkedRows(torch.autograd.Function):
+    """Each row's loss; backward computes the logits again, for only then its gradient is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_NC: Tensor,
+        weight_VC: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        terms: Terms,
+    ) -> Tensor:
+        ctx.save_for_backward(h_NC, weight_VC, bias_V, targets_N)
+        ctx.terms = terms
+        return _chunked(h_NC, weight_VC, bias_V, targets_N, terms, (False,) * 3)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[:3]
+        # In fp16, gradients of a mean over many rows underflow; between -1 and 1 they do not.
+        dloss_N = grad_outputs[0]
+        tiny = torch.finfo(dloss_N.dtype).tiny
+        scale = dloss_N.abs().amax().clamp(min=tiny) if len(dloss_N) else dloss_N.new_ones(())
+        h_NC, weight_VC, bias_V, targets_N = ctx.saved_tensors
+        inputs = h_NC, weight_VC, bias_V, targets_N
+        _, gradients = _chunked(*inputs, ctx.terms, need, dloss_N / scale)
+        return *(None if g is None else (g * scale).to(g.dtype) for g in gradients), None, None
+
+
+def _chunked(
     h_NC: Tensor,
     weight_VC: Tensor,
     bias_V: Tensor | None,
     targets_N: Tensor,
-    ignore_index: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    need_h, need_w, need_b = ctx.needs_input_grad[:3]
-    dh = torch.zeros_like(h_NC) if need_h else None
-    dw = torch.zeros_like(wide(weight_VC)) if need_w else None
-    db = torch.zeros_like(wide(bias_V)) if need_b and bias_V is not None else None
-    w = weight_VC.to(dtype)
-    b = None if bias_V is None else bias_V.to(dtype)
-
-    keep_N = targets_N != ignore_index
-    count = keep_N.sum()
-    total = h_NC.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-    rows = CHUNK_ROWS.get(h_NC.device.type, 4096)
-    for start in range(0, h_NC.shape[0], rows):
-        part = slice(start, start + rows)
-        h, keep = h_NC[part].to(dtype), keep_N[part]
-        target = targets_N[part].where(keep, 0)[:, None]
-        logits = wide(F.linear(h, w, b))
-        # One pass of exponentials serves both the loss and the gradient.
-        top = logits.amax(dim=-1, keepdim=True)
-        own = logits.gather(1, target) - top
-        exponentials = logits.sub_(top).exp_()
-        sums = exponentials.sum(dim=-1, keepdim=True)
-        total += ((sums.log() - own).squeeze(1) * keep).sum()
-        if not (need_h or need_w or need_b):
-            continue
-        # d loss / d logits = (softmax - one-hot) / count, built in place of the logits. The
-        # division waits for backward: softmax / count would underflow in fp16.
-        dlogits = exponentials.mul_(keep[:, None] / sums)
-        dlogits.scatter_add_(1, target, -keep[:, None].to(dlogits.dtype))
-        if db is not None:
-            db += dlogits.sum(0)
-        dlogits = dlogits.to(dtype)
-        if dh is not None:
-            dh[part] = dlogits @ w
-        if dw is not None:
-            dw += dlogits.t() @ h
-    ctx.save_for_backward(
+    terms: Terms,
+    need: tuple[bool, ...],
+    dloss_N: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """loss_N, and those of (dh, dweight, dbias) that are needed, for gradients of 1 if None."""
+    with torch.autocast(h_NC.device.type, enabled=False):
+        w = weight_VC.to(terms.dtype)
+        b = None if bias_V is None else bias_V.to(terms.dtype)
+        dh = torch.zeros_like(h_NC) if need[0] else None
+        dw = torch.zeros_like(wide(weight_VC)) if need[1] else None
+        db = torch.zeros_like(wide(bias_V)) if need[2] and bias_V is not None else None
+        loss_N = wide(w.new_empty(0)).new_zeros(len(h_NC))
+        rows = CHUNK_ROWS.get(h_NC.device.type, 4096)
+        for start in range(0, len(h_NC), rows):
+            part = slice(start, start + rows)
+            h = h_NC[part].to(terms.dtype)
+            weights = None if dloss_N is None else dloss_N[part]
+            loss_N[part], dlogits = _chunk(h, w, b, targets_N[part], weights, terms, any(need))
+            if dlogits is None:
+                continue
+            if db is not None:
+                db += dlogits.sum(0)
+            dlogits = dlogits.to(terms.dtype)
+            if dh is not None:
+                dh[part] = dlogits @ w
+            if dw is not None:
+                dw += dlogits.t() @ h
+    return loss_N, [
         dh,
         None if dw is None else dw.to(weight_VC.dtype),
         None if db is None or bias_V is None else db.to(bias_V.dtype),
-        count,
-    )
-    return total / count
+    ]
+
+
+def _chunk(
+    h_RC: Tensor,
+    w_VC: Tensor,
+    b_V: Tensor | None,
+    targets_R: Tensor,
+    dloss_R: Tensor | None,
+    terms: Terms,
+    need_dlogits: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """loss_R and dlogits_RV of R rows, in place of their logits wherever that is possible."""
+    keep = targets_R != terms.ignore_index
+    target = targets_R.where(keep, 0)[:, None]
+    logits = wide(F.linear(h_RC, w_VC, b_V))
+    slope = None
+    if terms.softcap is not None:
+        logits = logits.div_(terms.softcap).tanh_()
+        slope = 1 - logits.square() if need_dlogits else None
+        logits = logits.mul_(terms.softcap)
+    # One pass of exponentials serves both the loss and the gradient.
+    top = logits.amax(dim=-1, keepdim=True)
+    own = logits.gather(1, target) - top
+    exponentials = logits.sub_(top).exp_()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    loss = sums.log() - own
+    lse = sums.log() + top if terms.z_loss else None
+    if lse is not None:
+        loss = loss + terms.z_loss * lse.square()
+    loss_R = loss.squeeze(1) * keep
+    if not need_dlogits:
+        return loss_R, None
+    # d loss / d logits = softmax · (1 + 2 z_loss lse) - one-hot, in rows that count.
+    weight = keep[:, None].to(logits.dtype)
+    if dloss_R is not None:
+        weight = weight * dloss_R[:, None]
+    factor = weight if lse is None else weight * (1 + 2 * terms.z_loss * lse)
+    dlogits = exponentials.mul_(factor / sums).scatter_add_(1, target, -weight)
+    return loss_R, dlogits if slope is None else dlogits.mul_(slope)

@@ -65,7 +65,20 @@ def capability(x: Tensor) -> tuple[int, int]:
 
 @decided_while_tracing
 def _cuda_capability(device: torch.device) -> tuple[int, int]:
+    if override := triton.knobs.runtime.override_arch:
+        # TRITON_OVERRIDE_ARCH=sm75: how the T4's path is tried on a newer GPU.
+        return divmod(int("".join(c for c in override if c.isdigit())), 10)
     return torch.cuda.get_device_capability(device)
+
+
+def processors(x: Tensor) -> int:
+    """Of the device of ``x``; the interpreter passes for a very small one."""
+    return _cuda_processors(x.device) if x.is_cuda else 3
+
+
+@decided_while_tracing
+def _cuda_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -1,8 +1,11 @@
 """Cross-entropy of a linear layer without its logits: attention with the weight as keys and values.
 
-    z = h weightᵀ + bias    lse = log Σ exp z       loss = lse - z[target]
-    dh = g (softmax(z) weight - weight[target])     dweight = Σ g (softmax(z) - onehot)ᵀ h
+    y = h weightᵀ + bias    z = cap tanh(y / cap)    lse = log Σ exp z
+    loss = lse - z[target] + ζ lse²
+    dy = g (softmax(z) (1 + 2 ζ lse) - onehot) (1 - (z / cap)²)
+    dh = dy weight          dweight = Σ dyᵀ h        dbias = Σ dy
 
+The cap is Gemma's (2024), ζ the z-loss of PaLM (Chowdhery et al. 2022); without them z = y, ζ = 0.
 A row's softmax over the vocabulary is a running one, as in attention, so one pass over the weight
 gives the loss and, rescaling what was summed so far, dh for g = 1. A second kernel gives dweight
 and dbias, a program per tile of the vocabulary over all rows. No logits in memory (Wijmans et al.
@@ -35,9 +38,16 @@ from tinylm.kernels.triton.common import (
 WIDEST = 256
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _bounded(y):
+    """tanh; the hardware's exp2 gives it to within 1e-7, at both ends too."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(y * (2.0 * LOG2E)))
+
+
+@triton.jit(do_not_specialize=["rows", "softcap", "z_loss"])
 def tinylm_linear_cross_entropy_forward(
-    H, WEIGHT, BIAS, TARGET, LOSS, LSE, DH, rows, vocabulary, ignore_index,
+    H, WEIGHT, BIAS, TARGET, LOSS, LSE, DH, rows, vocabulary, ignore_index, softcap, z_loss,
+    CAPPED: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of rows. LSE is in base 2; BIAS and DH may be None."""
@@ -53,12 +63,17 @@ def tinylm_linear_cross_entropy_forward(
         if BIAS is not None:
             bias = tl.load(BIAS + token, mask=token < vocabulary, other=0.0)
             z += bias.to(tl.float32)[None, :]
+        if CAPPED:
+            bounded = _bounded(z / softcap)
+            z = bounded * softcap
         z = tl.where((token < vocabulary)[None, :], z * LOG2E, MASKED)
         new_top = tl.maximum(top, tl.max(z, 1))
         p = tl.exp2(z - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         if DH is not None:
+            if CAPPED:
+                p *= 1.0 - bounded * bounded
             mean = tl.dot(
                 p.to(weight.dtype), weight, mean * shrink[:, None], input_precision="ieee"
             )
@@ -77,17 +92,26 @@ def tinylm_linear_cross_entropy_forward(
     own = tl.sum(h.to(tl.float32) * own_weight, 1)
     if BIAS is not None:
         own += tl.load(BIAS + target, mask=known, other=0.0).to(tl.float32)
-    loss = tl.where(known, lse * LN2 - own, float("nan"))
+    slope = 1.0
+    if CAPPED:
+        bounded_own = _bounded(own / softcap)
+        own = bounded_own * softcap
+        slope = (1.0 - bounded_own * bounded_own)[:, None]
+    nats = lse * LN2
+    loss = tl.where(known, nats - own + nats * nats * z_loss, float("nan"))
     tl.store(LOSS + row, tl.where(kept, loss, 0.0), mask=row < rows)
     tl.store(LSE + row, lse, mask=row < rows)
     if DH is not None:
-        dh = tl.where(kept[:, None], mean / total[:, None] - own_weight, 0.0)
+        mean *= ((1.0 + nats * (2.0 * z_loss)) / total)[:, None]
+        dh = tl.where(kept[:, None], mean - own_weight * slope, 0.0)
         store_rows(DH, row, rows, C, dh, C, BLOCK_C)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "softcap", "z_loss"])
 def tinylm_linear_cross_entropy_dweight(
-    H, WEIGHT, BIAS, TARGET, LSE, G, DWEIGHT, DBIAS, SCALE, rows, vocabulary, ignore_index,
+    H, WEIGHT, BIAS, TARGET, LSE, G, DWEIGHT, DBIAS, SCALE,
+    rows, vocabulary, ignore_index, softcap, z_loss,
+    CAPPED: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of the vocabulary, over all rows.
@@ -111,8 +135,14 @@ def tinylm_linear_cross_entropy_dweight(
         z = tl.dot(weight, tl.trans(h), input_precision="ieee")
         if BIAS is not None:
             z += bias[:, None]
+        if CAPPED:
+            bounded = _bounded(z / softcap)
+            z = bounded * softcap
         p = tl.exp2(tl.where((row < rows)[None, :], z * LOG2E - lse[None, :], MASKED))
+        p *= (1.0 + lse * LN2 * (2.0 * z_loss))[None, :]
         p = tl.where(token[:, None] == target[None, :], p - 1.0, p) * g[None, :]
+        if CAPPED:
+            p *= 1.0 - bounded * bounded
         dweight = tl.dot(p.to(h.dtype), h, dweight, input_precision="ieee")
         if DBIAS is not None:
             dbias += tl.sum(p, 1)
@@ -139,7 +169,7 @@ def tile_for(capability: tuple[int, int], dtype: torch.dtype, width: int) -> Til
 @torch.library.custom_op("tinylm::linear_cross_entropy_forward", mutates_args=())
 def linear_cross_entropy_forward(
     h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_N: Tensor,
-    ignore_index: int, dtype: torch.dtype, need_dh: bool,
+    ignore_index: int, softcap: float | None, z_loss: float, dtype: torch.dtype, need_dh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss_N, lse_N in base 2, dh_NC for gradients of 1). Products are computed in ``dtype``."""
     N, C = h_NC.shape
@@ -150,6 +180,7 @@ def linear_cross_entropy_forward(
         tinylm_linear_cross_entropy_forward[(triton.cdiv(N, tile.rows),)](
             _dense(h_NC, dtype), _dense(weight_VC, dtype), bias_V, target_N.contiguous(),
             loss_N, lse_N, dh_NC if need_dh else None, N, weight_VC.shape[0], ignore_index,
+            softcap or 1.0, z_loss, CAPPED=softcap is not None,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.rows, BLOCK_V=tile.columns, **tile.launch,
         )  # fmt: skip
     return loss_N, lse_N, dh_NC
@@ -158,7 +189,7 @@ def linear_cross_entropy_forward(
 @torch.library.custom_op("tinylm::linear_cross_entropy_backward_weight", mutates_args=())
 def linear_cross_entropy_backward_weight(
     dloss_N: Tensor, h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_N: Tensor,
-    lse_N: Tensor, ignore_index: int, dtype: torch.dtype,
+    lse_N: Tensor, ignore_index: int, softcap: float | None, z_loss: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dweight_VC, dbias_V) in the dtypes of weight and bias; dbias is empty without a bias."""
     (V, C), N = weight_VC.shape, h_NC.shape[0]
@@ -171,7 +202,7 @@ def linear_cross_entropy_backward_weight(
         tinylm_linear_cross_entropy_dweight[(triton.cdiv(V, tile.rows),)](
             _dense(h_NC, dtype), _dense(weight_VC, dtype), bias_V, target_N.contiguous(), lse_N,
             dloss_N / scale, dweight_VC, None if bias_V is None else dbias_V, scale,
-            N, V, ignore_index,
+            N, V, ignore_index, softcap or 1.0, z_loss, CAPPED=softcap is not None,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.columns, BLOCK_V=tile.rows, **tile.launch,
         )  # fmt: skip
     return dweight_VC, dbias_V
@@ -184,7 +215,7 @@ def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
 @linear_cross_entropy_forward.register_fake
 def _(
     h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_N: Tensor,
-    ignore_index: int, dtype: torch.dtype, need_dh: bool,
+    ignore_index: int, softcap: float | None, z_loss: float, dtype: torch.dtype, need_dh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     N, C = h_NC.shape
     loss_N, lse_N = (h_NC.new_empty(N, dtype=torch.float32) for _ in range(2))
@@ -200,7 +231,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h_NC, weight_VC, bias_V, target_N, ctx.ignore_index, ctx.dtype, _ = inputs
+    h_NC, weight_VC, bias_V, target_N, *ctx.terms, _ = inputs
     _, lse_N, dh_NC = output
     ctx.save_for_backward(h_NC, weight_VC, bias_V, target_N, lse_N, dh_NC)
     ctx.set_materialize_grads(False)
@@ -208,7 +239,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dloss_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss_N is None:
-        return (None,) * 7
+        return (None,) * 9
     h_NC, weight_VC, bias_V, target_N, lse_N, dh_NC = ctx.saved_tensors
     need_h, need_weight, need_bias = ctx.needs_input_grad[:3]
     dh = dweight = dbias = None
@@ -216,29 +247,24 @@ def _backward(ctx: Any, dloss_N: Tensor | None, *_: Tensor | None) -> tuple[Tens
         dh = (dh_NC * dloss_N[:, None]).to(h_NC.dtype)
     if need_weight or need_bias:
         dweight, dbias = linear_cross_entropy_backward_weight(
-            dloss_N, h_NC, weight_VC, bias_V, target_N, lse_N, ctx.ignore_index, ctx.dtype
+            dloss_N, h_NC, weight_VC, bias_V, target_N, lse_N, *ctx.terms
         )
-    return dh, dweight, None if bias_V is None else dbias, None, None, None, None
+    return dh, dweight, None if bias_V is None else dbias, *[None] * 6
 
 
 linear_cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def linear_cross_entropy(
-    h_NC: Tensor,
-    weight_VC: Tensor,
-    target_N: Tensor,
-    bias_V: Tensor | None,
-    ignore_index: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`tinylm.kernels.linear_cross_entropy` for inputs that `refusal` has nothing against."""
+def loss_N(
+    h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, target_N: Tensor,
+    ignore_index: int, softcap: float | None, z_loss: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The loss of each row, for inputs that `refusal` has nothing against."""
+    terms = ignore_index, softcap, z_loss, dtype
     need_dh = h_NC.requires_grad and torch.is_grad_enabled()
-    loss_N: Tensor
-    loss_N, _, _ = linear_cross_entropy_forward(
-        h_NC, weight_VC, bias_V, target_N, ignore_index, dtype, need_dh
-    )
-    return loss_N.sum() / (target_N != ignore_index).sum()
+    loss: Tensor
+    loss, _, _ = linear_cross_entropy_forward(h_NC, weight_VC, bias_V, target_N, *terms, need_dh)
+    return loss
 
 
 def refusal(

@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tinylm.kernels.triton.common import (
-    INTERPRETING,
     Tile,
     dtype_refusal,
     load_rows,
     on_device,
     power_of_two,
+    processors,
     store_rows,
 )
 
@@ -101,9 +101,7 @@ def tile_for(width: int) -> Tile:
 
 def programs_for(x: Tensor, tiles: int) -> int:
     """Programs of the backward pass: enough to fill the device, few enough to add up quickly."""
-    if INTERPRETING:
-        return min(tiles, 3)
-    return min(tiles, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return min(tiles, 4 * processors(x))
 
 
 @torch.library.custom_op("tinylm::norm_forward", mutates_args=())

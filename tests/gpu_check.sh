@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: PYTHON=.venv/bin/python tests/gpu_check.sh [FOLDER]
+# Right: doctor, the tests natively and with the T4's code, and under compute-sanitizer if it is
+# there. Fast: the benchmarks, eager and as CUDA graphs, with plots. All that is printed, and the
+# results, go to FOLDER (build/gpu). A step that fails does not stop the others; the exit code says.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+out=${1:-build/gpu}
+mkdir -p "$out"
+failed=0
+
+step() { # NAME COMMAND...
+  local name=$1
+  shift
+  printf '\n=== %s\n' "$name"
+  "$@" 2>&1 | tee "$out/$name.log" | tail -n 40
+  [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "$name FAILED"; failed=1; }
+}
+
+nvidia-smi || exit 1
+step doctor "$PYTHON" -m tinylm doctor
+step doctor-kernels "$PYTHON" -m tinylm doctor --kernels
+step doctor-kernels-sm75 env TRITON_OVERRIDE_ARCH=sm75 "$PYTHON" -m tinylm doctor --kernels
+step tests "$PYTHON" -m pytest -m gpu -v tests/test_triton_kernels.py
+
+if command -v compute-sanitizer > /dev/null; then
+  # torch's allocator hands out parts of large blocks, in which reading too far would not show.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 TRITON_INTERPRET=0 CUBLAS_WORKSPACE_CONFIG=:4096:8
+  chosen="test_attention or test_norm or test_linear"
+  for tool in memcheck racecheck; do
+    step "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/triton_suite.py -k "$chosen"
+  done
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING TRITON_INTERPRET CUBLAS_WORKSPACE_CONFIG
+else
+  echo "compute-sanitizer is not there: neither memcheck nor racecheck ran"
+fi
+
+for graph in 0 1; do
+  step "bench-graph-$graph" env TINYLM_BENCH_GRAPH=$graph "$PYTHON" -m pytest -q \
+    bench/bench_kernels.py --benchmark-json="$out/kernels-graph-$graph.json"
+  step "plot-graph-$graph" "$PYTHON" bench/plot_kernels.py \
+    "$out/kernels-graph-$graph.json" "$out/kernels-graph-$graph.png"
+done
+exit $failed
