@@ -1,5 +1,6 @@
 #include "source_text.hpp"
 
+#include "unicode_classes.hpp"
 #include "utf8.hpp"
 
 namespace tinylm {
@@ -29,7 +30,7 @@ std::size_t find_surrogate_in(const CodeUnit* data, std::size_t length) {
 }
 
 template <class CodeUnit>
-Utf8Text write_utf8(const CodeUnit* data, std::size_t length, Utf8Buffer& buffer) {
+Utf8Bytes write_utf8(const CodeUnit* data, std::size_t length, Utf8Buffer& buffer) {
   // A code unit of one byte is below U+0100, of two bytes below U+10000.
   constexpr std::size_t kMaxBytes = sizeof(CodeUnit) == 1 ? 2 : sizeof(CodeUnit) == 2 ? 3 : 4;
   // encode_utf8 may ask for room beyond what it keeps.
@@ -58,6 +59,26 @@ Utf8Text write_utf8(const CodeUnit* data, std::size_t length, Utf8Buffer& buffer
   return {{begin, static_cast<std::size_t>(out - begin)}, has_replaced};
 }
 
+template <class CodeUnit>
+void cut_text_of(const CodeUnit* data, const SourceText& text, std::size_t index,
+                 std::size_t length, std::vector<TextPart>& parts) {
+  const auto is_cut = [data](std::size_t i) {
+    return data[i] == ' ' && char_classes()[data[i - 1]] != kSpace;
+  };
+  std::size_t begin = 0;
+  while (true) {
+    std::size_t end = text.length;
+    if (text.length - begin > length) {
+      end = begin + length;
+      while (end < text.length && !is_cut(end)) ++end;
+    }
+    parts.push_back(
+        {index, {data + begin, end - begin, text.width, text.is_ascii}, end == text.length});
+    if (end == text.length) return;
+    begin = end;
+  }
+}
+
 }  // namespace
 
 std::size_t find_surrogate(const SourceText& text) {
@@ -71,7 +92,7 @@ std::size_t find_surrogate(const SourceText& text) {
   }
 }
 
-Utf8Text to_utf8(const SourceText& text, Utf8Buffer& buffer) {
+Utf8Bytes to_utf8(const SourceText& text, Utf8Buffer& buffer) {
   if (text.is_ascii) return {{static_cast<const char*>(text.data), text.length}, false};
   switch (text.width) {
     case 1:
@@ -80,6 +101,18 @@ Utf8Text to_utf8(const SourceText& text, Utf8Buffer& buffer) {
       return write_utf8(static_cast<const std::uint16_t*>(text.data), text.length, buffer);
     default:
       return write_utf8(static_cast<const std::uint32_t*>(text.data), text.length, buffer);
+  }
+}
+
+void cut_text(const SourceText& text, std::size_t index, std::size_t length,
+              std::vector<TextPart>& parts) {
+  switch (text.width) {
+    case 1:
+      return cut_text_of(static_cast<const std::uint8_t*>(text.data), text, index, length, parts);
+    case 2:
+      return cut_text_of(static_cast<const std::uint16_t*>(text.data), text, index, length, parts);
+    default:
+      return cut_text_of(static_cast<const std::uint32_t*>(text.data), text, index, length, parts);
   }
 }
 

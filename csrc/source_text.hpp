@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string_view>
+#include <vector>
 
 namespace tinylm {
 
@@ -16,6 +17,19 @@ struct SourceText {
 };
 
 constexpr std::size_t kNoPosition = static_cast<std::size_t>(-1);
+
+// A piece of a text that has the pieces it has in the whole; `is_last` of its text.
+struct TextPart {
+  std::size_t text;
+  SourceText source;
+  bool is_last;
+};
+
+// Appends text number `index` in parts of at least `length` code points, the last one apart, which
+// are longer only where there is no place to cut: before a space that is behind anything but white
+// space. Whatever the pattern, a piece ends there, also if the text does. Linear.
+void cut_text(const SourceText& text, std::size_t index, std::size_t length,
+              std::vector<TextPart>& parts);
 
 // Position of the first surrogate of `text`, or kNoPosition. Linear.
 std::size_t find_surrogate(const SourceText& text);
@@ -37,7 +51,7 @@ class Utf8Buffer {
   std::size_t capacity_ = 0;
 };
 
-struct Utf8Text {
+struct Utf8Bytes {
   std::string_view bytes;
   bool has_replaced;  // U+FFFD for a surrogate
 
@@ -46,6 +60,6 @@ struct Utf8Text {
 
 // The text as UTF-8, with U+FFFD for each surrogate. ASCII stays where it is; the rest is written
 // to `buffer`, which must live as long as the result. Linear.
-Utf8Text to_utf8(const SourceText& text, Utf8Buffer& buffer);
+Utf8Bytes to_utf8(const SourceText& text, Utf8Buffer& buffer);
 
 }  // namespace tinylm

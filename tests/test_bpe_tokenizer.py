@@ -218,6 +218,18 @@ def of_each_pattern(request, tmp_path_factory):
     return BPETokenizer.load(path), load_in_hf(path)
 
 
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=3)
+def test_threads_share_long_texts_without_changing_the_ids(of_each_pattern, seed):
+    tokenizer, _ = of_each_pattern
+    text = "".join(random.Random(seed).choices(FRAGMENTS, k=400_000))
+    expected = tokenizer.encode(text)
+    for threads in (1, 3):
+        ids, offsets = tokenizer.encode_batch(["", text, text], True, threads)
+        assert offsets.tolist() == [0, 1, len(expected) + 2, 2 * len(expected) + 3]
+        assert ids.tolist() == [0, *expected, 0, *expected, 0]
+
+
 @given(text=awkward)
 @settings(max_examples=200)
 def test_ids_of_each_pattern_are_those_of_tokenizers(of_each_pattern, text):

@@ -361,7 +361,9 @@ def test_bad_models(trained: Path, tmp_path: Path, capsys: Any) -> None:
     assert "top_p is 2.0" in refused(capsys, "generate", trained, "they", "--top-p", "2")
     assert "k is 0" in refused(capsys, "next", trained, "they", "--top", "0")
     assert "no such file" in refused(capsys, "tokenize", trained, tmp_path / "none.txt")
-    assert "it takes only --log-every" in refused(capsys, "train", "--resume", trained, "--lr", "1")
+    assert "it takes only --logger, --log-every" in refused(
+        capsys, "train", "--resume", trained, "--lr", "1"
+    )
 
 
 def test_unknown_commands_and_options(capsys: Any) -> None:

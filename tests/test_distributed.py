@@ -88,7 +88,7 @@ def test_what_processes_tell_each_other() -> None:
     ]  # fmt: skip
     (out0, err0), (out1, err1) = (p.communicate(timeout=120) for p in processes)
     assert (out0, out1) == ("exchanged\n", "exchanged\n"), err0 + err1
-    assert [p.returncode for p in processes] == [1, 1]
+    assert [p.returncode for p in processes] == [1, 1], err0 + err1
     assert "ZeroDivisionError" in err0
     assert "Traceback" not in err1  # rank 0 has said it
 

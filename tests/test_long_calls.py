@@ -135,9 +135,8 @@ def test_ctrl_c_interrupts_encoding_many_texts(tokenizer, endless, threads):
 @needs_extension
 def test_ctrl_c_interrupts_counting_and_training(endless_words):
     counter = BPETokenizer.counter()
-    text = endless_words * 50
     with Interrupt(after=0.1):
-        counter.add([text] * 200)
+        counter.add([endless_words * 50] * 2000)
     distinct = [
         " ".join(random_text(string.ascii_lowercase, 40, seed) for seed in range(first, 40_000, 7))
         for first in range(7)

@@ -10,6 +10,7 @@ from bpe_texts import PUBLISHED, awkward
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
+from word_texts import each_instruction_set
 
 from tinylm.errors import InputError
 from tinylm.tokenizer import bpe_reference, unicode_classes
@@ -37,9 +38,17 @@ biased = st.one_of(
     awkward, *(st.text(alphabet=alphabet, max_size=16) for alphabet in ALPHABETS)
 ).map(lambda text: text.replace(RECLASSIFIED, ""))
 
+
+def split_by_bits(text, pattern):
+    """The pieces that every instruction set finds."""
+    first, *rest = [C.bpe_pretokenize(text, pattern) for _ in each_instruction_set()]
+    assert all(pieces == first for pieces in rest)
+    return first
+
+
 SPLITTERS = [pytest.param(bpe_reference.pretokenize, id="python")]
 if C is not None:
-    SPLITTERS.append(pytest.param(C.bpe_pretokenize, id="c++"))
+    SPLITTERS.append(pytest.param(split_by_bits, id="c++"))
 each_splitter = pytest.mark.parametrize("split", SPLITTERS)
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
@@ -52,6 +61,16 @@ each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=800)
 def test_pieces_are_those_of_the_published_pattern(split, pattern, text):
     assert split(text, pattern) == ORACLES[pattern].findall(text)
+
+
+@needs_extension
+@each_pattern
+@given(parts=st.lists(biased, min_size=1, max_size=20), repeats=st.integers(50, 150))
+@example(parts=["a" * 5000, " ", "1" * 5000, "\n \n" * 2000, "\u3000" * 3000], repeats=1)
+@settings(max_examples=30)
+def test_pieces_of_texts_that_are_read_in_several_windows(pattern, parts, repeats):
+    text = "".join(parts * repeats)
+    assert split_by_bits(text, pattern) == ORACLES[pattern].findall(text)
 
 
 def splitter_of_tokenizers(pattern):

@@ -77,7 +77,7 @@ template <class Id>
 void encode_text(const BpeModel& model, const SourceText& text, bool replace,
                  BpeModel::Scratch& scratch, Utf8Buffer& buffer, std::vector<Id>& ids,
                  Watch& watch) {
-  const Utf8Text utf8 = to_utf8(text, buffer);
+  const Utf8Bytes utf8 = to_utf8(text, buffer);
   if (utf8.has_replaced && !replace) throw SurrogateFound();
   model.encode(utf8.bytes, scratch, ids, watch);
 }
@@ -110,11 +110,12 @@ struct EncodedChunks {
 template <class Id>
 EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
                                 std::optional<TokenId> eos_id, bool replace, int threads) {
-  const std::vector<std::size_t> starts = batch.chunk_starts();
+  const std::vector<TextPart> parts = batch.parts();
+  const std::vector<std::size_t> starts = TextBatch::chunk_starts(parts);
   const std::size_t chunks = starts.size() - 1;
   EncodedChunks<Id> result;
   result.ids.resize(chunks);
-  result.offsets.assign(batch.size() + 1, 0);
+  std::vector<std::size_t> sizes(parts.size());
   threads = resolve_threads(threads, chunks);
   std::vector<std::unique_ptr<ScratchLease>> scratches(static_cast<std::size_t>(threads));
   std::vector<Utf8Buffer> buffers(scratches.size());
@@ -125,12 +126,16 @@ EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
     std::vector<Id>& ids = result.ids[chunk];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const std::size_t before = ids.size();
-      encode_text(model, batch[i], replace, **scratch, buffers[static_cast<std::size_t>(worker)],
-                  ids, watch);
-      if (eos_id) ids.push_back(static_cast<Id>(*eos_id));
-      result.offsets[i + 1] = static_cast<std::int64_t>(ids.size() - before);
+      encode_text(model, parts[i].source, replace, **scratch,
+                  buffers[static_cast<std::size_t>(worker)], ids, watch);
+      if (eos_id && parts[i].is_last) ids.push_back(static_cast<Id>(*eos_id));
+      sizes[i] = ids.size() - before;
     }
   });
+  result.offsets.assign(batch.size() + 1, 0);
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    result.offsets[parts[i].text + 1] += static_cast<std::int64_t>(sizes[i]);
+  }
   for (std::size_t i = 0; i < batch.size(); ++i) result.offsets[i + 1] += result.offsets[i];
   return result;
 }

@@ -53,7 +53,8 @@ void count(PieceCounter& counter, const py::sequence& texts, bool replace, int t
   std::atomic<std::size_t> done{0};
   const py::gil_scoped_release release;
   const PieceCounter::Lock lock(counter);
-  const std::vector<std::size_t> starts = batch.chunk_starts();
+  const std::vector<TextPart> parts = batch.parts();
+  const std::vector<std::size_t> starts = TextBatch::chunk_starts(parts);
   threads = resolve_threads(threads, starts.size() - 1);
   counter.reserve_workers(threads);
   std::vector<Utf8Buffer> buffers(static_cast<std::size_t>(threads));
@@ -61,8 +62,8 @@ void count(PieceCounter& counter, const py::sequence& texts, bool replace, int t
   parallel_for(starts.size() - 1, threads, watch, [&](std::size_t chunk, int worker) {
     Utf8Buffer& buffer = buffers[static_cast<std::size_t>(worker)];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
-      counter.add(to_utf8(batch[i], buffer), worker, watch);
-      done += batch[i].length;
+      counter.add(to_utf8(parts[i].source, buffer), worker, watch);
+      done += parts[i].source.length;
     }
   });
 }

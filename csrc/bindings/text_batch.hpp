@@ -47,13 +47,20 @@ class TextBatch {
     if (!encoded) throw py::error_already_set();
   }
 
-  // Runs of texts of about kChunkLength code points: [starts[i], starts[i + 1]) is a run.
-  std::vector<std::size_t> chunk_starts() const {
+  // All texts in parts of about kPartLength code points, so that several threads share a long one.
+  std::vector<TextPart> parts() const {
+    std::vector<TextPart> parts;
+    for (std::size_t i = 0; i < size(); ++i) cut_text(views_[i], i, kPartLength, parts);
+    return parts;
+  }
+
+  // Runs of parts for one thread at a time: [starts[i], starts[i + 1]) is a run.
+  static std::vector<std::size_t> chunk_starts(const std::vector<TextPart>& parts) {
     std::vector<std::size_t> starts{0};
     std::size_t length = 0;
-    for (std::size_t i = 0; i < size(); ++i) {
-      length += views_[i].length;
-      if (length < kChunkLength && i + 1 < size()) continue;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      length += parts[i].source.length;
+      if (length < kPartLength && i + 1 < parts.size()) continue;
       starts.push_back(i + 1);
       length = 0;
     }
@@ -61,7 +68,7 @@ class TextBatch {
   }
 
  private:
-  static constexpr std::size_t kChunkLength = 1 << 18;
+  static constexpr std::size_t kPartLength = 1 << 18;
 
   void add(py::object text) {
     if (!PyUnicode_Check(text.ptr())) {

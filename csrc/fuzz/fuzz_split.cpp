@@ -200,6 +200,30 @@ void check(std::string_view text) {
   if (begin != chars.size()) fail("pieces end before the text");
 }
 
+// The parts of a text have the pieces of the whole.
+void check_parts(const SourceText& source, std::string_view text) {
+  std::vector<std::size_t> ends;
+  for_each_piece(SplitPattern::TINYLM_PATTERN, text, [&](std::string_view piece) {
+    ends.push_back(static_cast<std::size_t>(piece.data() + piece.size() - text.data()));
+  });
+  for (const std::size_t length : {1, 7}) {
+    std::vector<TextPart> parts;
+    cut_text(source, 0, length, parts);
+    std::size_t begin = 0;
+    std::vector<std::size_t> ends_of_parts;
+    for (const TextPart& part : parts) {
+      Utf8Buffer buffer;
+      const std::string_view part_text = to_utf8(part.source, buffer);
+      for_each_piece(SplitPattern::TINYLM_PATTERN, part_text, [&](std::string_view piece) {
+        ends_of_parts.push_back(
+            begin + static_cast<std::size_t>(piece.data() + piece.size() - part_text.data()));
+      });
+      begin += part_text.size();
+    }
+    if (ends_of_parts != ends) fail("parts have other pieces than the whole");
+  }
+}
+
 }  // namespace
 }  // namespace tinylm
 
@@ -210,5 +234,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string_view utf8 = tinylm::to_utf8(text.source(), buffer);
   const std::vector<char> exact(utf8.begin(), utf8.end());
   tinylm::check({exact.data(), exact.size()});
+  tinylm::check_parts(text.source(), utf8);
   return 0;
 }
