@@ -77,9 +77,9 @@ def watch_model(model, stages):
             stages.watch(module, NAMES[type(module)])
     hidden = model.hidden
 
-    def below_the_head(ids_BT):
+    def below_the_head(ids_BT, **options):
         stages.begin(FORWARD, REST)
-        h_BTC = hidden(ids_BT)
+        h_BTC = hidden(ids_BT, **options)
         stages.begin(FORWARD, HEAD)
         return h_BTC
 
