@@ -284,7 +284,8 @@ def _chunk_unshifted(
     logits = F.linear(h_RC, w_VC, b_V)
     own_logit = logits[own].float()
     exponentials = logits.exp_()
-    sums = exponentials.sum(dim=-1, dtype=torch.float32)
+    # In few rows at a time, for torch copies into fp32 what it sums in fp32.
+    sums = torch.cat([part.sum(dim=-1, dtype=torch.float32) for part in exponentials.split(32)])
     if not bool(((sums > 1e-30) & (sums < 1e30)).all()):
         return None
     # The target's own term unrounded: no loss is below 0, nor off by its rounding.

@@ -19,7 +19,6 @@ def rotary_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor
 
 def apply_rotary(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Turns each head vector by the angle of its position; keeps the dtype of ``x_BHTD``."""
-    cos_TD, sin_TD = cos_TD.to(x_BHTD.dtype), sin_TD.to(x_BHTD.dtype)
     out_BHTD: Tensor = _Rotary.apply(x_BHTD, cos_TD, sin_TD)  # type: ignore[no-untyped-call]
     return out_BHTD
 
@@ -39,8 +38,9 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    out_BHTD = x_BHTD * cos_TD
-    for half, other, sign in ((0, 1, -1), (1, 0, 1)):
-        sin = sin_TD.chunk(2, dim=-1)[half]
-        out_BHTD.chunk(2, dim=-1)[half].addcmul_(x_BHTD.chunk(2, dim=-1)[other], sin, value=sign)
-    return out_BHTD
+    """x cos + (x with its halves exchanged) (-sin, sin)."""
+    half = x_BHTD.shape[-1] // 2
+    signed_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), dim=-1)
+    # Tables laid out as x is, for every head: then torch goes over all heads in long vectors.
+    cos, signed = (torch.empty_like(x_BHTD[:1]).copy_(table) for table in (cos_TD, signed_TD))
+    return (x_BHTD * cos).add_(x_BHTD.roll(half, dims=-1).mul_(signed))
