@@ -216,7 +216,7 @@ def _chunked(
             if dh is not None:
                 dh[part] = (dlogits @ w) * scale
             if dw is not None:
-                dw += dlogits.t() @ (h * scale).to(terms.dtype)
+                _accumulate(dw, dlogits.t() @ (h * scale).to(terms.dtype))
     return loss_N, [
         dh,
         None if dw is None else dw.to(weight_VC.dtype),
@@ -293,6 +293,13 @@ def _chunk_unshifted(
     loss_R = ((sums - own_share).clamp(min=0) + own_logit.exp()).log() - own_logit
     exponentials[own] = (own_share - sums).to(exponentials.dtype)
     return loss_R * keep, exponentials, _row_weights(keep, dloss_R, sums.dtype) / sums[:, None]
+
+
+def _accumulate(total: Tensor, part: Tensor) -> None:
+    """``total += part``; torch widens the part first, on a CPU faster in pieces that fit a cache."""
+    rows = 1024 if total.device.type == "cpu" else len(total)
+    for total_rows, part_rows in zip(total.split(rows), part.split(rows), strict=True):
+        total_rows += part_rows
 
 
 def _can_be_unshifted(h_NC: Tensor, terms: Terms) -> bool:
