@@ -20,7 +20,7 @@ from tinylm.model import Attention, FeedForward, LayerNorm, RMSNorm
 
 HEAD, REST = "head and cross-entropy", "residual sums, casts, the rest"
 NAMES = {
-    Attention: "attention: scores, softmax, rotary",
+    Attention: "attention: QK-norm, rotary, scores, softmax",
     FeedForward: "feed-forward layer",
     LayerNorm: "norms",
     RMSNorm: "norms",

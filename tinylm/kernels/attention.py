@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.kernels.dispatch import autocast_dtype, implementation, statistics_dtype, torch_instead
+from tinylm.kernels.dispatch import (
+    autocast_dtype,
+    implementation,
+    statistics_dtype,
+    torch_instead,
+    wide,
+)
 
 # A finite stand-in for minus infinity: a row that is masked everywhere stays free of NaN.
 MASKED = -1e30
@@ -181,7 +187,7 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *weights = ctx.saved_tensors
         dout = grad_outputs[0].contiguous()
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
         for (start, end), p in zip(_blocks(q), weights, strict=True):
             dout_block = dout[:, :, start:end]
             dp = dout_block @ v[:, :, :end].transpose(-1, -2)
@@ -189,7 +195,7 @@ class _Blocked(torch.autograd.Function):
             torch.mul(ds @ k[:, :, :end], ctx.scale, out=dq[:, :, start:end])
             dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
             dv[:, :, :end] += p.transpose(-1, -2) @ dout_block
-        return dq, dk, dv, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _blocks(q_BHTD: Tensor) -> list[tuple[int, int]]:

@@ -202,12 +202,9 @@ def _chunked(
             part = slice(start, start + rows)
             h = h_NC[part].to(terms.dtype)
             weights = None if dloss_N is None else dloss_N[part]
-            chunk = None
-            if unshifted:
-                chunk = _chunk_unshifted(h, w, b, targets_N[part], weights, terms)
-            if chunk is None:
-                chunk = _chunk(h, w, b, targets_N[part], weights, terms, any(need))
-            loss_N[part], dlogits, scale = chunk
+            inputs = h, w, b, targets_N[part], weights, terms
+            chunk = _chunk_unshifted(*inputs) if unshifted else None
+            loss_N[part], dlogits, scale = chunk or _chunk(*inputs, any(need))
             if dlogits is None:
                 continue
             if db is not None:
@@ -285,7 +282,8 @@ def _chunk_unshifted(
     own_logit = logits[own].float()
     exponentials = logits.exp_()
     # In few rows at a time, for torch copies into fp32 what it sums in fp32.
-    sums = torch.cat([part.sum(dim=-1, dtype=torch.float32) for part in exponentials.split(32)])
+    parts = torch.split(exponentials, 32)
+    sums = torch.cat([part.sum(dim=-1, dtype=torch.float32) for part in parts])
     if not bool(((sums > 1e-30) & (sums < 1e30)).all()):
         return None
     # The target's own term unrounded: no loss is below 0, nor off by its rounding.
@@ -296,9 +294,10 @@ def _chunk_unshifted(
 
 
 def _accumulate(total: Tensor, part: Tensor) -> None:
-    """``total += part``; torch widens the part first, on a CPU faster in pieces that fit a cache."""
+    """``total += part``. torch widens all of the part first; its pieces fit into a cache."""
     rows = 1024 if total.device.type == "cpu" else len(total)
-    for total_rows, part_rows in zip(total.split(rows), part.split(rows), strict=True):
+    pieces = zip(torch.split(total, rows), torch.split(part, rows), strict=True)
+    for total_rows, part_rows in pieces:
         total_rows += part_rows
 
 

@@ -125,15 +125,16 @@ class _RMSNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
         r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x_wide * r).mul_(wide(weight)).to(x.dtype)
+        out: Tensor = (x_wide * r).mul_(wide(weight)).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         w = wide(weight)
         dy, x_hat = wide(grad_outputs[0]), wide(x) * r
-        dweight = (dy * x_hat).flatten(0, -1 - w.dim()).sum(0) if w.dim() < x.dim() else dy * x_hat
-        dx = dy * w
-        mean = (dx * x_hat).mean(dim=-1, keepdim=True)
-        dx = dx.addcmul_(x_hat, mean, value=-1).mul_(r)
+        both = dy * x_hat
+        dweight = both.sum_to_size(w.shape)
+        mean = both.mul_(w).mean(dim=-1, keepdim=True)
+        dx = (dy * w).addcmul_(x_hat, mean, value=-1).mul_(r)
         return dx.to(x.dtype), dweight.to(weight.dtype), None
