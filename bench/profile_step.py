@@ -20,7 +20,7 @@ from tinylm.model import Attention, FeedForward, LayerNorm, RMSNorm
 
 HEAD, REST = "head and cross-entropy", "residual sums, casts, the rest"
 NAMES = {
-    Attention: "attention: scores, softmax, rotary",
+    Attention: "attention: QK-norm, rotary, scores, softmax",
     FeedForward: "feed-forward layer",
     LayerNorm: "norms",
     RMSNorm: "norms",
@@ -77,9 +77,9 @@ def watch_model(model, stages):
             stages.watch(module, NAMES[type(module)])
     hidden = model.hidden
 
-    def below_the_head(ids_BT):
+    def below_the_head(ids_BT, **options):
         stages.begin(FORWARD, REST)
-        h_BTC = hidden(ids_BT)
+        h_BTC = hidden(ids_BT, **options)
         stages.begin(FORWARD, HEAD)
         return h_BTC
 

@@ -353,7 +353,7 @@ def test_micro_batches_may_change_when_a_run_goes_on(
     resumed = ["train", "--quiet", "--resume", str(tmp_path / "cut"), "--micro-batch-size", "2"]
     assert cli.main(resumed) == 0
     whole, cut = (records(tmp_path / name, "loss") for name in ("whole", "cut"))
-    assert [r["loss"] for r in whole[:8]] == [r["loss"] for r in cut[:8]]
+    assert [r["loss"] for r in whole[:7]] == [r["loss"] for r in cut[:7]]  # step 8 is in parts
     assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in cut], rel=1e-4)
 
 

@@ -74,6 +74,26 @@ def test_attention_matches_reference(backend: str, length: int, dtype: torch.dty
         assert_close(actual, wanted, dtype, f"d{name}", floor=1.0)
 
 
+@pytest.mark.parametrize("length", [64, 65, 200])
+def test_attention_in_several_blocks_under_autocast(length: int) -> None:
+    """fp32 queries and keys, as after a norm, and a value in bf16; strides of a packed tensor."""
+    qkv = randn(2, length, 9, 32, dtype=torch.float32).requires_grad_()
+    qkv64 = qkv.detach().double().requires_grad_()
+    outs = []
+    for packed, backend in ((qkv, "blocked"), (qkv64, "matmul")):
+        q, k, v = (x.transpose(1, 2) for x in packed.split(3, dim=2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=packed is qkv):
+            outs.append(
+                kernels.causal_attention(
+                    q, k, v.to(torch.bfloat16) if packed is qkv else v, backend=backend
+                )
+            )
+    assert outs[0].dtype == torch.bfloat16
+    assert_close(outs[0], outs[1], torch.bfloat16, "out")
+    (actual,), (wanted,) = gradients(outs[0], qkv), gradients(outs[1], qkv64)
+    assert_close(actual, wanted, torch.bfloat16, "gradient")
+
+
 @pytest.mark.parametrize("backend", TORCH["causal_attention"])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 33), (5, 33), (31, 63)])
 def test_attention_of_the_last_queries(backend: str, queries: int, keys: int) -> None:
@@ -210,11 +230,12 @@ def test_gradients_of_layer_norm_over_many_rows(parameters: torch.dtype, backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("width", [1, 31, 128])
-def test_rms_norm(width: int, residual: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", TORCH["rms_norm"])
+def test_rms_norm(backend: str, width: int, residual: bool, dtype: torch.dtype) -> None:
     x, other = (randn(5, 3, width, dtype=dtype, seed=i).requires_grad_() for i in range(2))
     weight = randn(width, dtype=dtype, seed=2).requires_grad_()
     total = x + other if residual else x
-    out = kernels.rms_norm(x, weight, residual=other if residual else None)
+    out = kernels.rms_norm(x, weight, residual=other if residual else None, backend=backend)
     normed = out
     if isinstance(out, tuple):
         normed, summed = out
@@ -226,6 +247,34 @@ def test_rms_norm(width: int, residual: bool, dtype: torch.dtype) -> None:
         pairs = zip(gradients(normed, x, weight), gradients(expected, wide, weight64), strict=True)
         for actual, wanted in pairs:
             assert_close(actual, wanted, dtype, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", TORCH["rms_norm"])
+def test_rms_norm_of_heads_scaled_apart(backend: str, dtype: torch.dtype) -> None:
+    x = randn(2, 7, 9, 16, dtype=dtype).requires_grad_()
+    heads = x[:, :, 2:5]  # neither contiguous nor all of it
+    weight = randn(3, 16, dtype=dtype, seed=1).requires_grad_()
+    out = kernels.rms_norm(heads, weight, backend=backend)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    heads64 = x64[:, :, 2:5]
+    expected = heads64 / (heads64.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight64
+    assert_close(out, expected, dtype, "out")
+    pairs = zip(gradients(out, x, weight), gradients(expected, x64, weight64), strict=True)
+    for actual, wanted in pairs:
+        assert_close(actual, wanted, dtype, "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_rotary_is_the_rotation_back(dtype: torch.dtype) -> None:
+    cos, sin = kernels.rotary_tables(9, 6, theta=100.0)
+    x = randn(2, 9, 3, 6, dtype=dtype).transpose(1, 2).requires_grad_()
+    out = kernels.apply_rotary(x, cos, sin)
+    first, second = x.detach().double().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    assert_close(out, x.detach().double() * cos.double() + turned * sin.double(), dtype, "out")
+    (back,) = torch.autograd.grad(out, x, out.detach())
+    assert_close(back, x, torch.float32 if dtype == torch.float64 else dtype)
 
 
 def test_rotary_turns_pairs_by_their_position() -> None:
@@ -343,6 +392,31 @@ def test_linear_cross_entropy_under_autocast_computes_in_bf16() -> None:
     assert_close(dweight, dweight64, torch.bfloat16)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 40.0, 300.0, -300.0])
+def test_linear_cross_entropy_of_any_size_of_logits(size: float) -> None:
+    """In bf16, exponentials without a shift would overflow, or all vanish, beyond 88."""
+    h = torch.full((300, 16), size, dtype=torch.bfloat16).requires_grad_()
+    weight = (1 + randn(97, 16, dtype=torch.float32) / 10).bfloat16().requires_grad_()
+    targets = torch.arange(300) % 97
+    loss = kernels.linear_cross_entropy(h, weight / 16, targets, backend="chunked")
+    h64, weight64 = (t.detach().double().requires_grad_() for t in (h, weight))
+    logits = F.linear(h64, weight64 / 16)
+    rounded = logits + (logits.bfloat16().double() - logits).detach()  # as products in bf16 are
+    expected = F.cross_entropy(rounded, targets)
+    assert_close(loss, expected, torch.bfloat16, "loss")
+    wanted = torch.autograd.grad(expected, (h64, weight64))
+    for actual, exact in zip(torch.autograd.grad(loss, (h, weight)), wanted, strict=True):
+        assert_close(actual, exact, torch.bfloat16, "gradient", floor=1e-2)
+
+
+def test_linear_cross_entropy_of_what_is_certain_is_not_negative() -> None:
+    h = torch.eye(9, 16, dtype=torch.bfloat16).mul(30).requires_grad_()
+    loss_N = kernels.linear_cross_entropy(
+        h, torch.eye(97, 16, dtype=torch.bfloat16), torch.arange(9), backend="chunked"
+    )
+    assert 0 <= loss_N.item() < 1e-6
+
+
 def test_linear_cross_entropy_computes_only_the_gradients_asked_for() -> None:
     h, weight = randn(9, 24, dtype=torch.float32), randn(97, 24, dtype=torch.float32, seed=1)
     h.requires_grad_()
@@ -434,11 +508,11 @@ def test_triton_that_cannot_run_is_replaced_and_named_once(
     x = randn(1, 1, 2, 16, dtype=torch.float32)
     for _ in range(2):
         out = kernels.causal_attention(x, x, x)
-        assert torch.equal(out, kernels.causal_attention(x, x, x, backend="matmul"))
+        assert torch.equal(out, kernels.causal_attention(x, x, x, backend="blocked"))
     assert "triton is not installed" in dispatch.select("causal_attention", "cpu").reason
     (record,) = caplog.records
     assert record.getMessage() == (
-        "causal_attention runs as matmul, not as a Triton kernel: triton is not installed"
+        "causal_attention runs as blocked, not as a Triton kernel: triton is not installed"
     )
 
 

@@ -40,6 +40,22 @@ def test_muon_sees_stacked_matrices_apart() -> None:
     torch.testing.assert_close(stacked.detach(), torch.cat([p.detach() for p in apart]))
 
 
+def test_equal_shapes_are_orthogonalised_as_if_alone() -> None:
+    shapes = [(12, 4), (6, 4), (12, 4), (4, 4)]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    alone = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    for p, other in zip(alone, parameters, strict=True):
+        p.grad = other.grad
+        Muon([(p, 2)], lr=0.1).step()
+    Muon([(p, 2) for p in parameters], lr=0.1).step()
+    for p, other in zip(alone, parameters, strict=True):
+        torch.testing.assert_close(p, other)
+        assert p.abs().max() > 0.01
+
+
 def test_muon_follows_nesterov_momentum_and_decays() -> None:
     p = torch.nn.Parameter(torch.eye(4))
     muon = Muon([(p, 1)], lr=0.1, momentum=0.5, weight_decay=0.2)

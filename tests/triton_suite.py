@@ -315,6 +315,17 @@ def test_norm_of_head_vectors_and_of_one_row() -> None:
     assert_close(one, expected[0, 0, 0], DTYPE, "one row")
 
 
+def test_norm_of_heads_scaled_apart() -> None:
+    """What QK-norm passes for queries and keys together."""
+    x = randn(2, 5, 6, 16)[:, :, 1:4].requires_grad_()
+    weight = randn(3, 16, seed=1).requires_grad_()
+    inputs64 = fp64(x, weight)
+    out = kernels.rms_norm(x, weight, backend="triton")
+    expected = kernels.rms_norm(*inputs64)
+    assert_close(out, expected, DTYPE, "out")
+    assert_same_gradients(out, [x, weight], expected, inputs64)
+
+
 def test_norm_of_mixed_dtypes() -> None:
     x, other = randn(9, 32, dtype=torch.float16), randn(9, 32, dtype=torch.float32, seed=1)
     weight = randn(32, seed=2)

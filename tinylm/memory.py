@@ -1,6 +1,7 @@
 """How much memory a training step takes, by arithmetic: for the message when it runs out."""
 
 from tinylm.config import ModelConfig, TrainConfig
+from tinylm.kernels.attention import BLOCK_QUERIES
 
 GB = 1e9
 
@@ -29,7 +30,11 @@ def window_bytes(model: ModelConfig, seq_len: int, value_bytes: int, scores: boo
     hidden = 4 if model.activation == "swiglu" else 1
     per_layer = seq_len * (2 * 4 * C + value_bytes * ((3 + heads) * C + hidden * F))
     if scores:
-        per_layer += (4 + value_bytes % 4) * model.n_heads * seq_len * seq_len
+        if model.causal:  # in blocks of queries, none with the keys after it
+            keys = (seq_len + min(seq_len, BLOCK_QUERIES)) // 2
+            per_layer += value_bytes * model.n_heads * seq_len * keys
+        else:
+            per_layer += (4 + value_bytes % 4) * model.n_heads * seq_len * seq_len
     return model.n_layers * per_layer + seq_len * 3 * 4 * C
 
 

@@ -69,8 +69,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.heads = [config.n_heads, config.kv_heads, config.kv_heads]
-        self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=config.bias)
+        heads = config.n_heads + 2 * config.kv_heads
+        self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
@@ -85,12 +85,16 @@ class Attention(nn.Module):
         start_BT: Tensor | None,
     ) -> Tensor:
         B, T, C = x_BTC.shape
+        H, H_kv = self.config.n_heads, self.config.kv_heads
         qkv_BTHD = self.qkv(x_BTC).view(B, T, -1, self.config.head_dim)
-        q, k, v_BHTD = (x.transpose(1, 2) for x in qkv_BTHD.split(self.heads, dim=2))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        qk_BTHD, v_BTHD = qkv_BTHD.split((H + H_kv, H_kv), dim=2)
+        if self.config.qk_norm:  # one call each for queries and keys together
+            weights = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(H_kv, -1)
+            qk_BTHD = kernels.rms_norm(qk_BTHD, torch.cat(weights), eps=self.config.norm_eps)
+        qk_BHTD, v_BHTD = qk_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
         if rotary_TD is not None:
-            q, k = kernels.apply_rotary(q, *rotary_TD), kernels.apply_rotary(k, *rotary_TD)
+            qk_BHTD = kernels.apply_rotary(qk_BHTD, *rotary_TD)
+        q, k = qk_BHTD.split((H, H_kv), dim=1)
         if cache is not None:
             k, v_BHTD = cache.append(layer, k, v_BHTD)
         out_BHTD = kernels.causal_attention(

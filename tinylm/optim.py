@@ -25,16 +25,13 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalise(g_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """For each of K matrices ``U S Vᵀ`` roughly ``U Vᵀ``, by Newton–Schulz iteration."""
     a, b, c = NEWTON_SCHULZ
-    x = g_KMN.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = g_KMN.shape[-2] > g_KMN.shape[-1]
+    x = g_KMN.mT if tall else g_KMN
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).contiguous()
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    out: Tensor = (x.mT if tall else x).to(g_KMN.dtype)
-    return out
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(g_KMN.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -65,22 +62,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter, update in zip(parameters, self._updates(parameters, group), strict=True):
+                rows, columns = parameter.shape[0] // group["stacked"], parameter.shape[1]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                size = math.sqrt(max(1.0, rows / columns))
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The direction of each parameter; equal shapes are orthogonalised together."""
+        ahead = [self._ahead(parameter, group["momentum"]) for parameter in parameters]
+        of_shape: dict[torch.Size, list[int]] = {}
+        for index, g in enumerate(ahead):
+            of_shape.setdefault(g.shape, []).append(index)
+        for shape, indices in of_shape.items():
+            maps = len(indices) * group["stacked"]
+            g_KMN = torch.stack([ahead[i] for i in indices]).view(maps, -1, shape[1])
+            orthogonal = orthogonalise(g_KMN, self._dtype).reshape(-1, *shape)
+            for index, update in zip(indices, orthogonal, strict=True):
+                ahead[index] = update
+        return ahead
+
+    def _ahead(self, parameter: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov momentum."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        ahead = parameter.grad.lerp(momentum, group["momentum"])
-        rows, columns = parameter.shape[0] // group["stacked"], parameter.shape[1]
-        update = orthogonalise(ahead.view(group["stacked"], rows, columns), self._dtype)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        size = math.sqrt(max(1.0, rows / columns))
-        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+        state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(state["momentum"], momentum)
 
 
 class Optimizer:

@@ -1,13 +1,20 @@
 """Scaled dot-product attention (Vaswani et al. 2017), causal unless told otherwise."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.kernels.dispatch import autocast_dtype, implementation, statistics_dtype, torch_instead
+from tinylm.kernels.dispatch import (
+    autocast_dtype,
+    implementation,
+    statistics_dtype,
+    torch_instead,
+    wide,
+)
 
 # A finite stand-in for minus infinity: a row that is masked everywhere stays free of NaN.
 MASKED = -1e30
@@ -35,7 +42,7 @@ def causal_attention(
         start_BT: the first key that each query may see, whole numbers in a shape that expands to
             (B, T): the start of the query's document (`document_starts`), or, as (B, 1), of each
             sequence after its left padding. A query that sees no key gives zeros.
-        backend: ``"triton"``, ``"sdpa"`` or ``"matmul"``; chosen by device if None.
+        backend: ``"triton"``, ``"sdpa"``, ``"blocked"`` or ``"matmul"``; chosen by device if None.
 
     Returns:
         out_BHTD in the dtype of ``q_BHTD``.
@@ -60,7 +67,7 @@ def causal_attention(
     groups = q_BHTD.shape[1] // k_BHSD.shape[1]
     if groups > 1:
         k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BHSD, v_BHSD))
-    run = _sdpa if name == "sdpa" else _matmul
+    run = {"sdpa": _sdpa, "blocked": _blocked, "matmul": _matmul}[name]
     return run(q_BHTD, k_BHSD, v_BHSD, scale, causal, start_BT)
 
 
@@ -132,6 +139,68 @@ def _matmul(
     if mask is not None and start_BT is not None:  # rows that see nothing give zeros
         weights_BHTS = weights_BHTS * mask.any(dim=-1, keepdim=True)
     return weights_BHTS.to(v_BHSD.dtype) @ v_BHSD
+
+
+# Queries taken together. Larger blocks compute more of what the mask hides, smaller ones make
+# products too small to be fast: of 32, 64, 128 and 256, this is the fastest at head dimension 32.
+BLOCK_QUERIES = 64
+
+
+def _blocked(
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    scale: float,
+    causal: bool,
+    start_BT: Tensor | None,
+) -> Tensor:
+    """Blocks of queries, each with the keys up to its own last position only.
+
+    Whatever else there is to mask goes to `_matmul`.
+    """
+    if not causal or start_BT is not None or q_BHTD.shape[2] != k_BHSD.shape[2]:
+        return _matmul(q_BHTD, k_BHSD, v_BHSD, scale, causal, start_BT)
+    dtype = autocast_dtype(q_BHTD)
+    q, k, v = (x.to(dtype) for x in (q_BHTD, k_BHSD, v_BHSD))
+    out_BHTD: Tensor = _Blocked.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    return out_BHTD
+
+
+class _Blocked(torch.autograd.Function):
+    """Keeps the softmax of each block in the dtype of the inputs; inside it is fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float) -> Tensor:
+        q, k, v = (q_BHTD * scale).contiguous(), k_BHTD.contiguous(), v_BHTD.contiguous()
+        out_BHTD, weights = torch.empty_like(q), []
+        for start, end in _blocks(q):
+            scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
+            below = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril_()
+            scores[..., start:] += _bias(below, scores.dtype)
+            weights.append(torch.softmax(scores, dim=-1))
+            out_BHTD[:, :, start:end] = weights[-1] @ v[:, :, :end]
+        ctx.save_for_backward(q, k, v, *weights)
+        ctx.scale = scale
+        return out_BHTD
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *weights = ctx.saved_tensors
+        dout = grad_outputs[0].contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
+        for (start, end), p in zip(_blocks(q), weights, strict=True):
+            dout_block = dout[:, :, start:end]
+            dp = dout_block @ v[:, :, :end].transpose(-1, -2)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            torch.mul(ds @ k[:, :, :end], ctx.scale, out=dq[:, :, start:end])
+            dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
+            dv[:, :, :end] += p.transpose(-1, -2) @ dout_block
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _blocks(q_BHTD: Tensor) -> list[tuple[int, int]]:
+    T = q_BHTD.shape[2]
+    return [(start, min(start + BLOCK_QUERIES, T)) for start in range(0, T, BLOCK_QUERIES)]
 
 
 def _sdpa(

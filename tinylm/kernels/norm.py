@@ -1,6 +1,6 @@
 """Layer norm (Ba et al. 2016) and RMS norm (Zhang and Sennrich 2019), with the residual added."""
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +87,15 @@ def rms_norm(
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
 
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
-    Statistics are fp32; the result has the dtype of ``x``.
+    Statistics are fp32; the result has the dtype of ``x``. The weight may have more of the last
+    dimensions of ``x``, such as (H, D) for heads that are scaled apart.
     """
     name = implementation("rms_norm", x.device.type, backend)
+    total = x if residual is None else x + residual
+    if name == "triton" and weight.dim() > 1:
+        whole = rms_norm(total, torch.ones_like(weight[0]), eps=eps, backend=name)
+        out = (whole * weight).to(total.dtype)
+        return out if residual is None else (out, total)
     if name == "triton":
         from tinylm.kernels.triton import norm as kernels
 
@@ -97,9 +103,38 @@ def rms_norm(
         if refusal is None:
             out, total = kernels.norm(x, weight, None, residual, eps, rms=True)
             return out if residual is None else (out, total)
-        torch_instead("rms_norm", x.device.type, refusal)
-    total = x if residual is None else x + residual
-    x_wide = wide(total)
-    scale = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
-    out = (x_wide * scale * wide(weight)).to(total.dtype)
+        name = torch_instead("rms_norm", x.device.type, refusal)
+    if name == "reference":
+        x_wide = wide(total)
+        scale = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
+        out = (x_wide * scale * wide(weight)).to(total.dtype)
+    else:
+        out = _RMSNorm.apply(total, weight, eps)  # type: ignore[no-untyped-call]
     return out if residual is None else (out, total)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With x̂ = x · r, r = 1 / sqrt(mean(x²) + eps): dx = r (w dy - x̂ mean(w dy x̂)).
+
+    Keeps only x and r. Autograd of the plain formula takes three to five times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_wide = wide(x)
+        length = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+        r = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        out: Tensor = (x_wide * r).mul_(wide(weight)).to(x.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r = ctx.saved_tensors
+        w = wide(weight)
+        dy, x_hat = wide(grad_outputs[0]), wide(x) * r
+        both = dy * x_hat
+        dweight = both.sum_to_size(w.shape)
+        mean = both.mul_(w).mean(dim=-1, keepdim=True)
+        dx = (dy * w).addcmul_(x_hat, mean, value=-1).mul_(r)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None

@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al. 2021), in the half-split layout of Llama and Qwen."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,28 @@ def rotary_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor
 
 def apply_rotary(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Turns each head vector by the angle of its position; keeps the dtype of ``x_BHTD``."""
-    first, second = x_BHTD.chunk(2, dim=-1)
-    turned_BHTD = torch.cat((-second, first), dim=-1)
-    return x_BHTD * cos_TD.to(x_BHTD.dtype) + turned_BHTD * sin_TD.to(x_BHTD.dtype)
+    out_BHTD: Tensor = _Rotary.apply(x_BHTD, cos_TD, sin_TD)  # type: ignore[no-untyped-call]
+    return out_BHTD
+
+
+class _Rotary(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TD, sin_TD)
+        return _rotate(x_BHTD, cos_TD, sin_TD)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos_TD, sin_TD = ctx.saved_tensors
+        return _rotate(grad_outputs[0], cos_TD, -sin_TD), None, None
+
+
+def _rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """x cos + (x with its halves exchanged) (-sin, sin)."""
+    half = x_BHTD.shape[-1] // 2
+    signed_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), dim=-1)
+    # Tables laid out as x is, for every head: then torch goes over all heads in long vectors.
+    cos, signed = (torch.empty_like(x_BHTD[:1]).copy_(table) for table in (cos_TD, signed_TD))
+    return (x_BHTD * cos).add_(x_BHTD.roll(half, dims=-1).mul_(signed))
