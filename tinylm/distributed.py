@@ -193,12 +193,18 @@ def joined() -> Iterator[World]:
 
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
     ours = not dist.is_initialized()
+    gpu = torch.cuda.is_available() and dist.is_nccl_available()
     if ours:
-        gpu = torch.cuda.is_available() and dist.is_nccl_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
-    yield world
-    if ours:  # not after an error: the others may be waiting elsewhere, or gone
-        dist.destroy_process_group()
+    failed = True
+    try:
+        yield world
+        failed = False
+    finally:
+        # NCCL would wait for work that the others, after an error, never take part in. gloo does
+        # not, but the threads it leaves at the end of a process abort that.
+        if ours and not (failed and gpu):
+            dist.destroy_process_group()
 
 
 @contextmanager
