@@ -91,6 +91,9 @@ class TrainConfig:
         None, "windows computed at once; lower it when memory runs out, the result stays the same"
     )
 
+    embedding_init: Literal["cooccurrence", "random"] = option(
+        "cooccurrence", "cooccurrence: start from which tokens stand beside which; or random"
+    )
     optimizer: Literal["muon", "adamw"] = option(
         "muon", "muon: Muon on matrices, AdamW on the rest; adamw: AdamW on everything"
     )
@@ -123,6 +126,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, "preset", *PRESETS)
+        _one_of(self, "embedding_init", "cooccurrence", "random")
         _one_of(self, "optimizer", "muon", "adamw")
         _one_of(self, "schedule", "wsd", "constant")
         _one_of(self, "precision", "auto", "fp32", "bf16", "fp16")
@@ -183,14 +187,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "causal": _NOTEBOOK_MODEL
     | {
         "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64,
-        "optimizer": "adamw", "lr": 1e-3,
+        "embedding_init": "random", "optimizer": "adamw", "lr": 1e-3,
     },
     "notebook": _NOTEBOOK_MODEL
     | {
         "positions": "none", "causal": False, "tokenizer": "word", "document_eos": False,
-        "seq_len": 32, "stride": 1, "batch_size": 16, "epochs": 5.0, "optimizer": "adamw",
-        "lr": 1e-4, "beta2": 0.999, "schedule": "constant", "clip": 0.0, "log_every": 1000,
-        "precision": "fp32",
+        "seq_len": 32, "stride": 1, "batch_size": 16, "epochs": 5.0,
+        "embedding_init": "random", "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999,
+        "schedule": "constant", "clip": 0.0, "log_every": 1000, "precision": "fp32",
     },
 }  # fmt: skip
 

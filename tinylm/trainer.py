@@ -18,12 +18,12 @@ from tinylm.config import TrainConfig
 from tinylm.data import Dataset
 from tinylm.data.windows import WindowSampler
 from tinylm.device import Device
+from tinylm.embeddings import initial_model
 from tinylm.errors import TrainingError
 from tinylm.evaluate import evaluate
 from tinylm.generate import Sampling
 from tinylm.lm import LanguageModel
 from tinylm.metrics import MetricsFile, plot_loss, write_samples
-from tinylm.model import Transformer
 from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
 
@@ -77,7 +77,7 @@ class Trainer:
     ) -> None:
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress
-        self.model = Transformer(config.model, seed=config.seed).to(device.torch_device)
+        self.model = initial_model(config, dataset.train.ids).to(device.torch_device)
         muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, config, muon_dtype)
         self.sampler = WindowSampler(
