@@ -28,7 +28,7 @@ def initial_model(config: TrainConfig, ids: np.ndarray) -> Transformer:
         with torch.no_grad():
             model.embedding.weight.copy_(EMBEDDING_STD * rows_VC)
             if config.model.tie_embeddings and config.model.pre_norm:
-                model.norm.weight.fill_(FINAL_NORM_WEIGHT)  # type: ignore[operator, union-attr]
+                model.norm.weight.fill_(FINAL_NORM_WEIGHT)  # type: ignore[operator]
     return model
 
 
@@ -76,7 +76,8 @@ def _mutual_information(ids: np.ndarray, vocab_size: int) -> Tensor:
     kept = information > 0
     places = torch.from_numpy(np.stack((first[kept], second[kept])))
     values = torch.from_numpy(information[kept].astype(np.float32))
-    return torch.sparse_coo_tensor(places, values, (vocab_size, vocab_size)).coalesce()
+    shape = (vocab_size, vocab_size)
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()
 
 
 def _gram_times(m_VV: Tensor, x_VK: Tensor) -> Tensor:
