@@ -1,17 +1,23 @@
 """Initial embeddings against a dense decomposition, and on text where nothing can be counted."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm import embeddings
-from tinylm.config import TrainConfig, with_fields
-from tinylm.embeddings import cooccurrence_embedding, initial_model
+from tinylm.config import DataConfig, TrainConfig
+from tinylm.data import Dataset, prepare
+from tinylm.data.windows import WindowSampler
+from tinylm.embeddings import cooccurrence_embedding, initial_model, unseen_and_rare
 from tinylm.model import Transformer
+from tinylm.optim import Optimizer
 
 
 def stream(vocab_size: int, length: int, seed: int = 0) -> np.ndarray:
@@ -80,14 +86,84 @@ def test_a_long_text_is_sampled_from_end_to_end(monkeypatch: pytest.MonkeyPatch)
     assert len(embeddings._sample(ids[:640])) == 640
 
 
+TEXTS = ("the cat sat on the mat", "a dog, and a cat", "naïve – 1 2 3 4 5 6 7 8 9 0")
+DOCUMENTS = [f"{i} {text}" for i in range(40) for text in TEXTS]
+
+
+def bpe_dataset(tmp_path: Path) -> Dataset:
+    write_jsonl(tmp_path / "text.jsonl", DOCUMENTS)
+    data = DataConfig(data=str(tmp_path / "text.jsonl"), tokenizer="bpe", vocab_size=300)
+    return prepare(data, progress=False)
+
+
+def small_config(dataset: Dataset, **options: Any) -> TrainConfig:
+    options = {"d_model": 16, "d_ff": 24, "n_heads": 2, "seq_len": 8, "seed": 3} | options
+    config = TrainConfig.from_preset("modern", **options)
+    return replace(config, model=replace(config.model, vocab_size=dataset.tokenizer.vocab_size))
+
+
 @pytest.mark.parametrize("tied", [True, False])
-def test_only_the_embedding_and_its_scale_start_otherwise(tied: bool) -> None:
-    small = {"d_model": 16, "d_ff": 24, "n_heads": 2, "tie_embeddings": tied, "seed": 3}
-    config = with_fields(TrainConfig(embedding_init="cooccurrence"), small)
-    config = replace(config, model=replace(config.model, vocab_size=50))
+def test_only_the_embedding_and_its_scale_start_otherwise(tmp_path: Path, tied: bool) -> None:
+    dataset = bpe_dataset(tmp_path)
+    config = small_config(dataset, tie_embeddings=tied)
     plain = Transformer(config.model, seed=3).state_dict()
-    ours = initial_model(config, stream(50, 3000)).state_dict()
+    ours = initial_model(config, dataset, torch.device("cpu")).state_dict()
     different = {n for n, weight in ours.items() if not torch.equal(weight, plain[n])}
     assert different == {"embedding.weight"} | ({"norm.weight"} if tied else set())
-    random = initial_model(replace(config, embedding_init="random"), stream(50, 3000))
-    assert all(torch.equal(w, plain[n]) for n, w in random.state_dict().items())
+
+
+def test_a_random_start_is_the_plain_model(small_run: Any, tmp_path: Path) -> None:
+    config = small_run(embedding_init="random")
+    dataset = prepare(config.data, progress=False)
+    config = replace(config, model=replace(config.model, vocab_size=dataset.tokenizer.vocab_size))
+    ours = initial_model(config, dataset, torch.device("cpu")).state_dict()
+    plain = Transformer(config.model, seed=config.seed).state_dict()
+    assert all(torch.equal(weight, plain[name]) for name, weight in ours.items())
+
+
+def test_tokens_that_never_occur_learn_what_rare_bytes_learn(tmp_path: Path) -> None:
+    dataset = bpe_dataset(tmp_path)
+    counts = np.bincount(dataset.train.ids, minlength=dataset.tokenizer.vocab_size)
+    unseen, rare = unseen_and_rare(dataset)
+    assert (counts[unseen] == 0).all()
+    assert (counts == 0).sum() == len(unseen) > 100
+    assert (counts[rare] > 0).all()
+    assert all(len(dataset.tokenizer.id_to_token(i)) == 1 for i in rare)
+    assert (np.diff(counts[rare]) >= 0).all()
+
+    config = small_config(dataset, embedding_init="random")
+    plain = Transformer(config.model, seed=3)
+    ours = initial_model(config, dataset, torch.device("cpu"))
+    with torch.no_grad():
+        mean = plain.embedding.weight[rare].mean(dim=0)
+        plain.embedding.weight[unseen] = mean
+    assert torch.equal(plain.embedding.weight, ours.embedding.weight)
+    ids_BT = torch.from_numpy(dataset.train.ids[:40].astype(np.int64)).view(4, 10)
+    for model in (plain, ours):
+        model.loss(ids_BT[:, :-1], ids_BT[:, 1:]).backward()
+    expected, grad = plain.embedding.weight.grad, ours.embedding.weight.grad
+    assert expected is not None
+    expected[unseen] = expected[rare].mean(dim=0)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_a_text_in_another_script_costs_less(tmp_path: Path) -> None:
+    """Bytes that training lacks are not pushed out of reach."""
+    dataset = bpe_dataset(tmp_path)
+    config = small_config(dataset, batch_size=8)
+    ids = torch.tensor(dataset.tokenizer.encode("мир"))[None]
+    losses = {}
+    for name in ("plain", "ours"):
+        model = initial_model(config, dataset, torch.device("cpu"))
+        if name == "plain":
+            state = model.state_dict()
+            model = Transformer(config.model, seed=3)
+            model.load_state_dict(state)
+        optimizer = Optimizer(model, config)
+        sampler = WindowSampler(dataset.train.ids, config.seq_len, config.batch_size)
+        for step in range(60):
+            x, y = (torch.from_numpy(a) for a in sampler.batch(step))
+            model.loss(x, y).backward()
+            optimizer.step(1.0)
+        losses[name] = model.loss(ids[:, :-1], ids[:, 1:]).item()
+    assert losses["ours"] < losses["plain"] - 0.5

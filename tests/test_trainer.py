@@ -231,7 +231,7 @@ def test_out_of_memory_names_the_sizes_to_lower(
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer_module.Transformer, "loss", full)
+    monkeypatch.setattr("tinylm.model.Transformer.loss", full)
     with pytest.raises(TrainingError, match=r"8 windows of 16 tokens .* lower --micro-batch-size"):
         train(small_run(), quiet=True)
 

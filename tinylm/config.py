@@ -21,7 +21,7 @@ class ModelConfig:
     vocab_size: int = 10_000
     d_model: int = option(128, "width C of the model")
     n_layers: int = option(4, "number of transformer blocks")
-    n_heads: int = option(4, "number of query heads H")
+    n_heads: int = option(2, "number of query heads H")
     n_kv_heads: int | None = option(
         None, "number of key and value heads; the same as heads if unset"
     )
@@ -100,7 +100,7 @@ class TrainConfig:
     lr: float = option(5e-3, "peak learning rate of AdamW")
     muon_lr: float = option(0.02, "peak learning rate of Muon")
     beta1: float = option(0.9, "AdamW's first-moment decay")
-    beta2: float = option(0.95, "AdamW's second-moment decay")
+    beta2: float = option(0.999, "AdamW's second-moment decay")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
     schedule: Literal["wsd", "constant"] = option(
         "wsd", "wsd: warm up, stay, decay linearly to zero; constant: always the peak rate"
@@ -187,7 +187,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "causal": _NOTEBOOK_MODEL
     | {
         "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64,
-        "embedding_init": "random", "optimizer": "adamw", "lr": 1e-3,
+        "embedding_init": "random", "optimizer": "adamw", "lr": 1e-3, "beta2": 0.95,
     },
     "notebook": _NOTEBOOK_MODEL
     | {

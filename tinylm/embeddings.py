@@ -1,4 +1,4 @@
-"""Initial embeddings from counts: which tokens are alike is cheaper to count than to learn.
+"""What is known of tokens before training, from counts: which are alike, and which never occur.
 
 A small model spends most of a short run on finding out that " cell" is more like " tissue" than
 like " court". Counting each token's neighbours over the whole training split, and factorising
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinylm.config import TrainConfig
+from tinylm.data import Dataset
 from tinylm.model import Transformer
 
 # With the rows' scale come logits of the usual size at the start, and an embedding large enough
@@ -17,19 +18,57 @@ from tinylm.model import Transformer
 EMBEDDING_STD, FINAL_NORM_WEIGHT = 0.1, 0.2
 COUNTED_TOKENS = 20_000_000  # more than these are sampled: the table hardly changes any more
 PIECES = 64
+RARE_BYTES = 64
 OVERSAMPLE, ITERATIONS = 16, 3  # of the subspace iteration
 
 
-def initial_model(config: TrainConfig, ids: np.ndarray) -> Transformer:
-    """The model a run starts from; ``ids`` is its training split."""
+def initial_model(config: TrainConfig, dataset: Dataset, device: torch.device) -> Transformer:
+    """The model that a run on ``dataset`` starts from."""
     model = Transformer(config.model, seed=config.seed)
     if config.embedding_init == "cooccurrence":
-        rows_VC = cooccurrence_embedding(ids, config.model.vocab_size, config.model.d_model)
+        vocab_size, width = model.embedding.weight.shape
         with torch.no_grad():
+            rows_VC = cooccurrence_embedding(dataset.train.ids, vocab_size, width)
             model.embedding.weight.copy_(EMBEDDING_STD * rows_VC)
             if config.model.tie_embeddings and config.model.pre_norm:
                 model.norm.weight.fill_(FINAL_NORM_WEIGHT)  # type: ignore[operator]
+    model.to(device)
+    if config.model.tie_embeddings and dataset.tokenizer.kind == "bpe":
+        teach_unseen(model.embedding.weight, *unseen_and_rare(dataset))
     return model
+
+
+def unseen_and_rare(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that the training split never uses, and of the bytes that it does, the rarest."""
+    tokenizer, ids = dataset.tokenizer, dataset.train.ids
+    count_V = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for start in range(0, len(ids), COUNTED_TOKENS):
+        part = ids[start : start + COUNTED_TOKENS]
+        count_V += np.bincount(part, minlength=tokenizer.vocab_size)
+    single = [len(tokenizer.id_to_token(i)) == 1 for i in range(tokenizer.vocab_size)]
+    seen_bytes = np.flatnonzero(np.array(single) & (count_V > 0))
+    rarest = seen_bytes[np.argsort(count_V[seen_bytes], kind="stable")]
+    return np.flatnonzero(count_V == 0), rarest[:RARE_BYTES]
+
+
+def teach_unseen(weight_VC: Tensor, unseen: np.ndarray, rare: np.ndarray) -> None:
+    """Lets tokens that training never sees learn what the ``rare`` ones learn.
+
+    All they hear from training themselves is "not you". AdamW's steps are as large for a small
+    gradient as for a large one, so a run pushes them down without end, and a text in a script
+    that training did not have, whose bytes they are, costs more bits than it has. So they start
+    from the mean of the rare tokens' rows and get the mean of their gradients.
+    """
+    if not len(unseen) or not len(rare):
+        return
+    to, of = (torch.from_numpy(i).to(weight_VC.device) for i in (unseen, rare))
+
+    def mean_to_unseen(x_VC: Tensor) -> Tensor:
+        return x_VC.index_copy(0, to, x_VC[of].mean(dim=0).expand(len(to), -1))
+
+    with torch.no_grad():
+        weight_VC.copy_(mean_to_unseen(weight_VC))
+    weight_VC.register_hook(mean_to_unseen)  # type: ignore[no-untyped-call]
 
 
 def cooccurrence_embedding(ids: np.ndarray, vocab_size: int, width: int, seed: int = 0) -> Tensor:

@@ -77,7 +77,7 @@ class Trainer:
     ) -> None:
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress
-        self.model = initial_model(config, dataset.train.ids).to(device.torch_device)
+        self.model = initial_model(config, dataset, device.torch_device)
         muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, config, muon_dtype)
         self.sampler = WindowSampler(
