@@ -258,22 +258,26 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<
   std::unique_ptr<MergeQueue> queue = std::move(scratch.queue);
   auto& symbols = scratch.symbols;
   const auto rank = [&](std::uint32_t i, RankedMerge merge) {
-    symbols[i].rank = rank_of(merge);
     if (merge != kNoMerge) queue->push({rank_of(merge), i});
+    return rank_of(merge);
   };
   const auto rank_pair = [&](std::uint32_t i) {
-    const Scratch::Symbol& symbol = symbols[i];
+    Scratch::Symbol& symbol = symbols[i];
     const bool is_last = symbol.next == kEnd;
-    rank(i, is_last ? kNoMerge : merges_.find(symbol.id, symbols[symbol.next].id));
+    symbol.rank = rank(i, is_last ? kNoMerge : merges_.find(symbol.id, symbols[symbol.next].id));
   };
 
-  symbols.resize(count);
+  symbols.clear();
+  symbols.reserve(count);
   for (std::uint32_t i = 0; i < count; ++i) {
     if (i % kPollSteps == 0) watch.poll();
     const bool is_last = i + 1 == count;
-    symbols[i] = {byte_ids_[byte_at(piece, i)], kNoRank, i == 0 ? kEnd : i - 1,
-                  is_last ? kEnd : i + 1};
-    if (!is_last) rank(i, byte_merge(piece, i));
+    // Field by field: a whole symbol would be put together elsewhere and then copied.
+    Scratch::Symbol& symbol = symbols.emplace_back();
+    symbol.id = byte_ids_[byte_at(piece, i)];
+    symbol.rank = rank(i, is_last ? kNoMerge : byte_merge(piece, i));
+    symbol.previous = i == 0 ? kEnd : i - 1;
+    symbol.next = is_last ? kEnd : i + 1;
   }
   for (std::size_t steps = 0; !queue->empty(); ++steps) {
     if (steps % kPollSteps == 0) watch.poll();
@@ -281,7 +285,7 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<
     Scratch::Symbol& symbol = symbols[i];
     if (symbol.rank != lowest) continue;
     Scratch::Symbol& absorbed = symbols[symbol.next];
-    symbol.id = result_of(merges_.find(symbol.id, absorbed.id));
+    symbol.id = merges_.result(lowest);
     absorbed.rank = kNoRank;
     symbol.next = absorbed.next;
     if (symbol.next != kEnd) symbols[symbol.next].previous = i;

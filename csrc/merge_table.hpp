@@ -63,6 +63,9 @@ class MergeTable {
     return kNoMerge;
   }
 
+  // What a merge of this rank makes; there is one.
+  TokenId result(std::uint32_t rank) const { return ranks_are_ids_ ? rank : merges_[rank].result; }
+
   // More than any rank.
   std::size_t ranks() const {
     std::size_t ranks = ranks_are_ids_ ? 0 : merges_.size();

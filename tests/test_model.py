@@ -29,7 +29,7 @@ def random_ids(batch: int, length: int, vocab_size: int = 50) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("preset", "count"), [("notebook", 2_702_480), ("causal", 2_706_576), ("modern", 2_133_376)]
+    ("preset", "count"), [("notebook", 2_702_480), ("causal", 2_706_576), ("modern", 2_133_632)]
 )
 def test_parameter_counts(preset: str, count: int) -> None:
     config = TrainConfig.from_preset(preset).model

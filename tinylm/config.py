@@ -22,7 +22,7 @@ class ModelConfig:
     vocab_size: int = 10_000
     d_model: int = option(128, "width C of the model")
     n_layers: int = option(4, "number of transformer blocks")
-    n_heads: int = option(4, "number of query heads H")
+    n_heads: int = option(2, "number of query heads H")
     n_kv_heads: int | None = option(
         None, "number of key and value heads; the same as heads if unset"
     )
@@ -92,13 +92,16 @@ class TrainConfig:
         None, "windows computed at once; lower it when memory runs out, the result stays the same"
     )
 
+    embedding_init: Literal["cooccurrence", "random"] = option(
+        "cooccurrence", "cooccurrence: start from which tokens stand beside which; or random"
+    )
     optimizer: Literal["muon", "adamw"] = option(
         "muon", "muon: Muon on matrices, AdamW on the rest; adamw: AdamW on everything"
     )
     lr: float = option(5e-3, "peak learning rate of AdamW")
     muon_lr: float = option(0.02, "peak learning rate of Muon")
     beta1: float = option(0.9, "AdamW's first-moment decay")
-    beta2: float = option(0.95, "AdamW's second-moment decay")
+    beta2: float = option(0.999, "AdamW's second-moment decay")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
     schedule: Literal["wsd", "constant"] = option(
         "wsd", "wsd: warm up, stay, decay linearly to zero; constant: always the peak rate"
@@ -131,6 +134,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of(self, "preset", *PRESETS)
+        _one_of(self, "embedding_init", "cooccurrence", "random")
         _one_of(self, "optimizer", "muon", "adamw")
         _one_of(self, "schedule", "wsd", "constant")
         _one_of(self, "precision", "auto", "fp32", "bf16", "fp16")
@@ -198,14 +202,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "causal": _NOTEBOOK_MODEL
     | {
         "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64,
-        "optimizer": "adamw", "lr": 1e-3,
+        "embedding_init": "random", "optimizer": "adamw", "lr": 1e-3, "beta2": 0.95,
     },
     "notebook": _NOTEBOOK_MODEL
     | {
         "positions": "none", "causal": False, "tokenizer": "word", "document_eos": False,
-        "seq_len": 32, "stride": 1, "batch_size": 16, "epochs": 5.0, "optimizer": "adamw",
-        "lr": 1e-4, "beta2": 0.999, "schedule": "constant", "clip": 0.0, "log_every": 1000,
-        "precision": "fp32",
+        "seq_len": 32, "stride": 1, "batch_size": 16, "epochs": 5.0,
+        "embedding_init": "random", "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999,
+        "schedule": "constant", "clip": 0.0, "log_every": 1000, "precision": "fp32",
     },
 }  # fmt: skip
 

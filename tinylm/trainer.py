@@ -16,13 +16,13 @@ from tinylm.data import Dataset
 from tinylm.data.windows import WindowSampler
 from tinylm.device import Device, conditions
 from tinylm.distributed import PeerError, World
+from tinylm.embeddings import initial_model
 from tinylm.errors import InputError, TrainingError
 from tinylm.eta import Eta
 from tinylm.evaluate import evaluate
 from tinylm.generate import Sampling
 from tinylm.lm import LanguageModel
 from tinylm.metrics import MetricsFile, plot_loss, write_samples
-from tinylm.model import Transformer
 from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
 from tinylm.signals import stop_requests
@@ -78,7 +78,7 @@ class Trainer:
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress
         self.world = world or World()
-        self.model = Transformer(config.model, seed=config.seed).to(device.torch_device)
+        self.model = initial_model(config, dataset, device.torch_device)
         muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, config, muon_dtype)
         self.step = TrainStep(self.model, self.optimizer, config, device, self.world)
