@@ -1,40 +1,187 @@
-"""Byte-level BPE: training, cold encoding and decoding, against tokenizers and tiktoken.
+"""Byte-level BPE next to other tokenizers: encoding, decoding and training, on the same text.
 
-Usage: python -m pytest bench/bench_bpe.py
+    python -m pytest bench/bench_bpe.py --benchmark-json=bpe.json
+    taskset -c 0 python -m pytest bench/bench_bpe.py --benchmark-json=bpe1.json    # one thread
 
-The text is that of conftest.py. A benchmark runs only once both sides have given the same ids.
+The text is that of conftest.py; docs/tokenizer.md says how its tables and plots are made from this.
+Nothing is timed before it has given the same ids as the others.
+
+*Cold* is a new tokenizer and texts that no one has read before (some keep a text's UTF-8 with it);
+*warm* is the same tokenizer and texts again. ``TINYLM_BENCH_MAX_MB`` (100) ends the sizes of
+texts; 1000 goes on to a gigabyte. ``TINYLM_BENCH_RANKS`` is a folder with the rank files
+``cl100k_base.tiktoken`` and ``o200k_base.tiktoken``, which cannot be had without a download.
 """
 
 import os
 import time
-from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
-import tiktoken
 import tokenizers
+from bpe_sides import SIDES, SLOW, THREADS, Vocabulary
+from corpora import SCRIPTS, of_length, of_size
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tinylm.tokenizer.bpe import BPETokenizer
 from tinylm.tokenizer.bpe_json import EOS, to_alphabet
-from tinylm.tokenizer.split_patterns import REGEX
 
 VOCAB_SIZE = 10_000
 GPT2_PATTERN = (  # rustbpe knows no possessive quantifiers
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
-ROUNDS = 3
+ROUNDS, WARM_ROUNDS = 5, 10
+MAX_MEGABYTES = float(os.environ.get("TINYLM_BENCH_MAX_MB", "100"))
+SIZES = [m for m in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0) if m <= MAX_MEGABYTES]
+VOCABULARY_SIZES = [1000, 3000, 10_000, 30_000, 100_000, 200_000]
+ENCODINGS = {"cl100k_base": ("cl100k", 100_257), "o200k_base": ("o200k", 199_999)}  # pattern, EOS
+FAST = [name for name in SIDES if name in ("tinylm", "gigatoken")]
+
+of_json = [name for name in SIDES if name != "quicktok"]
+each_fast = pytest.mark.parametrize("name", FAST)
+
+
+def train_vocabulary(texts, size, folder):
+    """A tokenizer trained on the texts, in the files that sides read."""
+    tokenizer = BPETokenizer.train(texts, size, min_frequency=1)
+    files = Vocabulary("gpt2", folder / "tokenizer.json", folder / "ranks.tiktoken")
+    tokenizer.save(files.json)
+    tokenizer.save_tiktoken(files.ranks)
+    return files
 
 
 @pytest.fixture(scope="session")
-def trained(texts):
-    return BPETokenizer.train(texts, VOCAB_SIZE)
+def vocabulary(texts, tmp_path_factory):
+    """Of a size, trained on the texts."""
+    made = {}
+
+    def of(size=VOCAB_SIZE):
+        if size not in made:
+            made[size] = train_vocabulary(texts, size, tmp_path_factory.mktemp(f"v{size}"))
+        return made[size]
+
+    return of
 
 
 @pytest.fixture(scope="session")
-def file(trained, tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "tokenizer.json"
-    trained.save(path)
-    return path
+def published(tmp_path_factory):
+    made = {}
+
+    def of(encoding):
+        if "TINYLM_BENCH_RANKS" not in os.environ:
+            pytest.skip("TINYLM_BENCH_RANKS names no folder of rank files")
+        if encoding not in made:
+            ranks = Path(os.environ["TINYLM_BENCH_RANKS"]) / f"{encoding}.tiktoken"
+            json = tmp_path_factory.mktemp(encoding) / "tokenizer.json"
+            pattern, eos = ENCODINGS[encoding]
+            BPETokenizer.load_tiktoken(ranks, pattern=pattern, special_tokens={EOS: eos}).save(json)
+            made[encoding] = Vocabulary(pattern, json, ranks, encoding)
+        return made[encoding]
+
+    return of
+
+
+def fresh(texts):
+    """The same texts as objects that nothing is known of."""
+    return [text.encode().decode() for text in texts]
+
+
+@pytest.fixture
+def measure(benchmark, vocabulary):
+    """Times the encoding of texts, cold or warm, and adds what is to be known of it."""
+
+    def run(name, texts, files=None, warm=False, expected=None, **info):
+        files = files or vocabulary()
+        make = SIDES[name]
+        side, seen = make(files), fresh(texts)
+        ids = side.flat(side.encode(seen))
+        if expected is None:
+            expected = SIDES["tinylm"](files)
+            expected = expected.flat(expected.encode(texts))
+        np.testing.assert_array_equal(ids, expected)
+        rounds = 1 if name in SLOW else WARM_ROUNDS if warm else ROUNDS
+        if warm:
+            benchmark.pedantic(side.encode, args=(seen,), rounds=rounds)
+        else:
+            function = lambda side, texts: side.encode(texts)  # noqa: E731
+            benchmark.pedantic(
+                function, setup=lambda: ((make(files), fresh(texts)), {}), rounds=rounds
+            )
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        size, seconds = sum(len(text.encode()) for text in texts), benchmark.stats.stats.median
+        benchmark.extra_info.update(
+            info, side=name, threads=THREADS, warm=warm, megabytes=size / 1e6,
+            megabytes_per_second=round(size / 1e6 / seconds, 2),
+            million_ids_per_second=round(len(ids) / 1e6 / seconds, 3),
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("name", of_json)
+@pytest.mark.benchmark(group="bpe encode")
+def test_encode(measure, name, warm, texts):
+    measure(name, texts, warm=warm)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.benchmark(group="bpe published")
+def test_published(measure, encoding, name, warm, texts, published):
+    measure(name, texts, published(encoding), warm, encoding=encoding)
+
+
+@each_fast
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.benchmark(group="bpe script")
+def test_script(measure, name, script, texts, tmp_path):
+    """Each with a vocabulary trained on it."""
+    there = SCRIPTS[script](texts)
+    measure(name, there, train_vocabulary(there, VOCAB_SIZE, tmp_path), script=script)
+
+
+@each_fast
+@pytest.mark.parametrize("size", VOCABULARY_SIZES)
+@pytest.mark.benchmark(group="bpe vocabulary")
+def test_vocabulary(measure, name, size, texts, vocabulary):
+    measure(name, texts, vocabulary(size), size=size)
+
+
+@pytest.mark.parametrize("as_one", [False, True], ids=["documents", "one text"])
+@each_fast
+@pytest.mark.parametrize("megabytes", SIZES)
+@pytest.mark.benchmark(group="bpe size")
+def test_size(measure, name, megabytes, as_one, texts):
+    """Cold; beyond the size of the text there is, of the same text again and again."""
+    chosen = of_size(texts, megabytes)
+    chosen = ["\n".join(chosen)] if as_one else chosen
+    measure(name, chosen, size=megabytes, as_one=as_one)
+
+
+@each_fast
+@pytest.mark.parametrize("characters", [10, 100, 1000, 10_000, 100_000])
+@pytest.mark.benchmark(group="bpe document length")
+def test_document_length(measure, name, characters, texts):
+    measure(name, of_length(of_size(texts, 10), characters), characters=characters)
+
+
+@pytest.mark.parametrize("name", [n for n in of_json if hasattr(SIDES[n], "decode")])
+@pytest.mark.benchmark(group="bpe decode")
+def test_decode(benchmark, name, texts, vocabulary):
+    """All ids, one array, at once."""
+    ids = SIDES["tinylm"](vocabulary())
+    ids = ids.flat(ids.encode(texts))
+    side = SIDES[name](vocabulary())
+    text = side.decode(ids)
+    assert (text if isinstance(text, bytes) else text.encode()) == "".join(texts).encode()
+    benchmark.pedantic(side.decode, args=(ids,), rounds=3 if name in SLOW else ROUNDS)
+    if benchmark.stats is not None:
+        benchmark.extra_info.update(
+            side=name, megabytes_per_second=len(text) / 1e6 / benchmark.stats.stats.median
+        )
 
 
 def untrained_hf():
@@ -58,7 +205,7 @@ def train_in_hf(texts):
 
 
 def train_in_tinylm(texts):
-    return BPETokenizer.train(texts, VOCAB_SIZE)
+    return BPETokenizer.train(texts, VOCAB_SIZE, threads=THREADS)
 
 
 def train_in_gigatoken(texts):
@@ -92,93 +239,17 @@ TRAINERS = {
 }
 
 
-def new_tinylm(file):
-    return BPETokenizer.load(file)
-
-
-def new_tokenizers(file):
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def new_tiktoken(file):
-    tokenizer = BPETokenizer.load(file)
-    ranks = {tokenizer.decode_bytes([i]): i for i in range(1, tokenizer.vocab_size)}
-    return tiktoken.Encoding(
-        "bench", pat_str=REGEX["gpt2"], mergeable_ranks=ranks, special_tokens={EOS: 0}
-    )
-
-
-def encode_tinylm(tokenizer, texts, threads):
-    return tokenizer.encode_batch(texts, threads=threads)
-
-
-def encode_tokenizers(tokenizer, texts, threads):
-    # Read at every call; more than one thread means all there are.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if threads == 1 else "true"
-    return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-
-
-def encode_tiktoken(tokenizer, texts, threads):
-    if threads == 1:
-        return [tokenizer.encode_ordinary(text) for text in texts]
-    return tokenizer.encode_ordinary_batch(texts, num_threads=threads)
-
-
-def lists_of(encoded):
-    """Ids as one list per text, whichever side they come from."""
-    if isinstance(encoded, tuple):
-        ids, offsets = encoded
-        return [ids[a:b].tolist() for a, b in pairwise(offsets.tolist())]
-    return [e if isinstance(e, list) else e.ids for e in encoded]
-
-
-SIDES = {
-    "tinylm": (new_tinylm, encode_tinylm),
-    "tokenizers": (new_tokenizers, encode_tokenizers),
-    "tiktoken": (new_tiktoken, encode_tiktoken),
-}
-
-
-@pytest.fixture(scope="session")
-def expected(file, texts):
-    return lists_of(encode_tinylm(new_tinylm(file), texts, 1))
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.benchmark(group="encode")
-def test_encode_cold(benchmark, report, file, texts, expected, side, threads):
-    new, encode = SIDES[side]
-    assert lists_of(encode(new(file), texts, threads)) == expected
-    benchmark.pedantic(encode, setup=lambda: ((new(file), texts, threads), {}), rounds=ROUNDS)
-    report(threads=threads, side=side)
-
-
 @pytest.mark.parametrize("side", TRAINERS)
-@pytest.mark.benchmark(group="train")
-def test_train(benchmark, report, texts, trained, side):
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+@pytest.mark.benchmark(group="bpe train")
+def test_train(benchmark, report, texts, side):
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if THREADS > 1 else "false"
+    tokens = train_in_tinylm(texts).vocab.keys()
     make, tokens_of = TRAINERS[side]
     start = time.process_time()
-    result = benchmark.pedantic(make(texts), args=(texts,), rounds=1)
-    seconds = time.process_time() - start
+    rounds = 5 if side == "tinylm" else 1
+    result = benchmark.pedantic(make(texts), args=(texts,), rounds=rounds)
+    seconds = (time.process_time() - start) / rounds
     # rustbpe breaks ties otherwise.
-    different = set(tokens_of(result)) ^ trained.vocab.keys()
+    different = set(tokens_of(result)) ^ tokens
     assert len(different - {EOS}) <= (VOCAB_SIZE // 100 if side == "rustbpe" else 0)
-    report(side=side, cpu_seconds=round(seconds, 3), different_tokens=len(different))
-
-
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.benchmark(group="decode")
-def test_decode(benchmark, report, file, texts, expected, side):
-    tokenizer = SIDES[side][0](file)
-    decode = tokenizer.decode
-
-    def decode_all():
-        return [decode(ids) for ids in expected]
-
-    assert decode_all() == texts
-    benchmark.pedantic(decode_all, rounds=ROUNDS)
-    report(side=side)
+    report(side=side, threads=THREADS, cpu_seconds=seconds, different_tokens=len(different))

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "bits.hpp"
 #include "merge_queue.hpp"
 #include "piece_cache.hpp"
 
@@ -14,9 +15,13 @@ namespace tinylm {
 
 namespace {
 
-constexpr std::uint32_t kNoRank = std::numeric_limits<std::uint32_t>::max();
 // Up to this many bytes, scanning all ranks for the lowest beats a heap.
 constexpr std::size_t kMaxShortPiece = 48;
+// The merge of a symbol with the next in one number: rank, the symbol's place, result.
+constexpr int kPlaceBits = 6;
+constexpr int kResultBits = 32 - kPlaceBits;
+constexpr std::size_t kMaxTokens = std::size_t{1} << kResultBits;
+static_assert(kMaxShortPiece <= std::size_t{1} << kPlaceBits);
 
 // After so many steps of merging it is asked whether to go on.
 constexpr std::size_t kPollSteps = std::size_t{1} << 16;
@@ -78,7 +83,6 @@ class BpeModel::Scratch {
   ShortPieceCache<std::uint16_t> narrow_pieces;
   ShortPieceCache<std::uint32_t> wide_pieces;
   LongPieceCache long_pieces;
-  std::vector<TokenId> merged;
   std::string prefixed;
 
   // The linked list and the queue of merge_long.
@@ -98,6 +102,7 @@ BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>&
       byte_ids_(byte_ids),
       merges_(merges, options.ranks_are_ids),
       options_(options) {
+  if (tokens_.size() > kMaxTokens) throw std::length_error("more than 67 million tokens");
   pool_.reserve(kMaxPool);  // So that giving a scratch back cannot throw.
   byte_merges_.reserve(256 * 256);
   for (const TokenId left : byte_ids_) {
@@ -205,51 +210,67 @@ Id* BpeModel::encode_new_piece(std::string_view piece, Scratch& scratch, Id* out
     const auto [first, last] = scratch.long_pieces.find(piece);
     if (first) return std::copy(first, last, out);
   }
-  std::vector<TokenId>& merged = scratch.merged;
-  merged.clear();
-  merge_piece(piece, scratch, merged, watch);
-  const bool is_short = piece.size() <= kMaxShortKey && merged.size() <= kMaxIds;
-  if (may_be_kept && !is_short) {
-    scratch.long_pieces.insert(piece, merged.data(), merged.size());
-  }
-  return std::copy(merged.begin(), merged.end(), out);
+  Id* const end = merge_piece(piece, scratch, out, watch);
+  const auto ids = static_cast<std::size_t>(end - out);
+  const bool is_short = piece.size() <= kMaxShortKey && ids <= kMaxIds;
+  if (may_be_kept && !is_short) scratch.long_pieces.insert(piece, out, ids);
+  return end;
 }
 
-void BpeModel::merge_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
-                           Watch& watch) const {
+template <class Id>
+Id* BpeModel::merge_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const {
   if (options_.ignore_merges) {
     const auto found = whole_pieces_.find(piece);
-    if (found != whole_pieces_.end()) return ids.push_back(found->second);
+    if (found != whole_pieces_.end()) {
+      *out = static_cast<Id>(found->second);
+      return out + 1;
+    }
   }
-  if (piece.size() <= kMaxShortPiece) return merge_short(piece, ids);
-  merge_long(piece, scratch, ids, watch);
+  if (piece.size() <= kMaxShortPiece) return merge_short(piece, out);
+  return merge_long(piece, scratch, out, watch);
 }
 
-// Merges, again and again, the leftmost pair of lowest rank.
-void BpeModel::merge_short(std::string_view piece, std::vector<TokenId>& ids) const {
+// Merges, again and again, the leftmost pair of lowest rank. Symbols stay in the place of their
+// first byte, and a set of bits tells where there is one.
+template <class Id>
+Id* BpeModel::merge_short(std::string_view piece, Id* out) const {
+  const std::size_t count = piece.size();
   TokenId symbols[kMaxShortPiece];
-  RankedMerge next_merges[kMaxShortPiece];  // of a symbol with the next one
-  std::size_t count = piece.size();
+  std::uint64_t merges[kMaxShortPiece];  // of a symbol with the next; the least goes first
+  const auto set_merge = [&](int i, RankedMerge merge) {
+    merges[i] = merge == kNoMerge ? kNoMerge : merge | static_cast<std::uint64_t>(i) << kResultBits;
+  };
   for (std::size_t i = 0; i < count; ++i) symbols[i] = byte_ids_[byte_at(piece, i)];
-  for (std::size_t i = 0; i + 1 < count; ++i) next_merges[i] = byte_merge(piece, i);
-  while (count > 1) {
-    const auto best = static_cast<std::size_t>(
-        std::min_element(next_merges, next_merges + count - 1) - next_merges);
-    if (next_merges[best] == kNoMerge) break;
-    symbols[best] = result_of(next_merges[best]);
-    std::copy(symbols + best + 2, symbols + count, symbols + best + 1);
-    std::copy(next_merges + best + 1, next_merges + count - 1, next_merges + best);
-    --count;
-    if (best > 0) next_merges[best - 1] = merges_.find(symbols[best - 1], symbols[best]);
-    if (best + 1 < count) next_merges[best] = merges_.find(symbols[best], symbols[best + 1]);
+  for (std::size_t i = 0; i + 1 < count; ++i) set_merge(static_cast<int>(i), byte_merge(piece, i));
+  merges[count - 1] = kNoMerge;
+  std::uint64_t places = ~std::uint64_t{0} >> (64 - count);
+  while (true) {
+    std::uint64_t best = merges[0];
+    for (std::size_t i = 1; i < count; ++i) best = std::min(best, merges[i]);
+    if (best == kNoMerge) break;
+    const auto i = static_cast<int>(best >> kResultBits & ((1u << kPlaceBits) - 1));
+    symbols[i] = static_cast<TokenId>(best & ((1u << kResultBits) - 1));
+    std::uint64_t behind = places & ~std::uint64_t{1} << i;
+    merges[lowest_bit(behind)] = kNoMerge;
+    places ^= behind & -behind;
+    behind &= behind - 1;
+    const std::uint64_t before = places & ((std::uint64_t{1} << i) - 1);
+    set_merge(i, behind == 0 ? kNoMerge : merges_.find(symbols[i], symbols[lowest_bit(behind)]));
+    if (before != 0) {
+      const int previous = highest_bit(before);
+      set_merge(previous, merges_.find(symbols[previous], symbols[i]));
+    }
   }
-  ids.insert(ids.end(), symbols, symbols + count);
+  for (; places != 0; places &= places - 1) {
+    *out++ = static_cast<Id>(symbols[lowest_bit(places)]);
+  }
+  return out;
 }
 
 // The same with a linked list and a queue of (rank, position). An entry of the queue is stale when
 // its symbol is gone or now has another rank, and is then dropped.
-void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
-                          Watch& watch) const {
+template <class Id>
+Id* BpeModel::merge_long(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const {
   if (piece.size() >= kNoRank) throw std::length_error("a piece of text is longer than 4 GiB");
   constexpr std::uint32_t kEnd = kNoRank;
   const auto count = static_cast<std::uint32_t>(piece.size());
@@ -285,21 +306,22 @@ void BpeModel::merge_long(std::string_view piece, Scratch& scratch, std::vector<
     Scratch::Symbol& symbol = symbols[i];
     if (symbol.rank != lowest) continue;
     Scratch::Symbol& absorbed = symbols[symbol.next];
-    symbol.id = merges_.result(lowest);
+    symbol.id = result_of(merges_.find(symbol.id, absorbed.id));
     absorbed.rank = kNoRank;
     symbol.next = absorbed.next;
     if (symbol.next != kEnd) symbols[symbol.next].previous = i;
     if (symbol.previous != kEnd) rank_pair(symbol.previous);
     rank_pair(i);
   }
-  for (std::uint32_t i = 0; i != kEnd; i = symbols[i].next) ids.push_back(symbols[i].id);
+  for (std::uint32_t i = 0; i != kEnd; i = symbols[i].next) *out++ = static_cast<Id>(symbols[i].id);
 
   if (count > kMaxKeptSymbols) {
     std::vector<Scratch::Symbol>().swap(symbols);
-    return;
+  } else {
+    queue->reset();
+    scratch.queue = std::move(queue);
   }
-  queue->reset();
-  scratch.queue = std::move(queue);
+  return out;
 }
 
 }  // namespace tinylm

@@ -109,11 +109,12 @@ class BpeModel {
                     Watch& watch) const;
   template <class Id>
   Id* encode_new_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
-  void merge_piece(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
-                   Watch& watch) const;
-  void merge_short(std::string_view piece, std::vector<TokenId>& ids) const;
-  void merge_long(std::string_view piece, Scratch& scratch, std::vector<TokenId>& ids,
-                  Watch& watch) const;
+  template <class Id>
+  Id* merge_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
+  template <class Id>
+  Id* merge_short(std::string_view piece, Id* out) const;
+  template <class Id>
+  Id* merge_long(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
 
   std::vector<std::string> tokens_;
   std::vector<ShortToken> short_tokens_;

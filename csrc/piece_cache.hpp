@@ -117,7 +117,8 @@ class LongPieceCache {
   }
 
   // Keeps `count` ids of a piece that is not there and has 1 to kMaxBytes bytes.
-  void insert(std::string_view piece, const TokenId* ids, std::size_t count) {
+  template <class Id>
+  void insert(std::string_view piece, const Id* ids, std::size_t count) {
     if (size_ == kMaxEntries) *this = LongPieceCache();
     if (2 * (size_ + 1) > entries_.size()) grow();
     const std::uint64_t hashed = hash(piece);

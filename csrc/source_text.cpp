@@ -45,15 +45,25 @@ Utf8Bytes write_utf8(const CodeUnit* data, std::size_t length, Utf8Buffer& buffe
     out = encode_utf8(code_point, out);
   };
   std::size_t i = 0;
-  for (; i + kRun <= length; i += kRun) {
+  bool was_mixed = false;
+  while (i + kRun <= length) {
     CodeUnit all_bits = 0;
     for (std::size_t j = 0; j < kRun; ++j) all_bits |= data[i + j];
-    if (all_bits < 0x80) {
-      for (std::size_t j = 0; j < kRun; ++j) out[j] = static_cast<char>(data[i + j]);
-      out += kRun;
-    } else {
+    if (was_mixed && all_bits >= 0x80) {
       for (std::size_t j = 0; j < kRun; ++j) write(data[i + j]);
+      i += kRun;
+      continue;
     }
+    for (std::size_t j = 0; j < kRun; ++j) out[j] = static_cast<char>(data[i + j]);
+    was_mixed = all_bits >= 0x80;
+    std::size_t ascii = kRun;
+    // Most often that is a lone quotation mark or dash, and behind it all is ASCII again.
+    if (was_mixed) {
+      for (ascii = 0; data[i + ascii] < 0x80;) ++ascii;
+    }
+    out += ascii;
+    i += ascii;
+    while (was_mixed && i < length && data[i] >= 0x80) write(data[i++]);
   }
   for (; i < length; ++i) write(data[i]);
   return {{begin, static_cast<std::size_t>(out - begin)}, has_replaced};
