@@ -306,7 +306,7 @@ Id* BpeModel::merge_long(std::string_view piece, Scratch& scratch, Id* out, Watc
     Scratch::Symbol& symbol = symbols[i];
     if (symbol.rank != lowest) continue;
     Scratch::Symbol& absorbed = symbols[symbol.next];
-    symbol.id = result_of(merges_.find(symbol.id, absorbed.id));
+    symbol.id = merges_.result(lowest);
     absorbed.rank = kNoRank;
     symbol.next = absorbed.next;
     if (symbol.next != kEnd) symbols[symbol.next].previous = i;

@@ -2,7 +2,6 @@
 // caches costs more than all else here.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -46,7 +45,8 @@ class MergeTable {
       }
       const std::uint32_t rank = ranks_are_ids ? merge.result : static_cast<std::uint32_t>(place);
       slots_[i] = {merge.left, merge.right, merge.result, rank};
-      ranks_ = std::max(ranks_, std::size_t{rank} + 1);
+      if (rank >= results_.size()) results_.resize(std::size_t{rank} + 1);
+      results_[rank] = merge.result;
       const std::size_t bit = filter_bit(hashed);
       filter_[bit / 64] |= std::uint64_t{1} << bit % 64;
     }
@@ -65,8 +65,11 @@ class MergeTable {
     return kNoMerge;
   }
 
+  // What the merge of this rank makes; there is one. Constant time.
+  TokenId result(std::uint32_t rank) const { return results_[rank]; }
+
   // More than any rank.
-  std::size_t ranks() const { return ranks_; }
+  std::size_t ranks() const { return results_.size(); }
 
  private:
   static constexpr std::size_t kFilterBits = 16;  // for each slot: at least 21 for each merge
@@ -89,9 +92,9 @@ class MergeTable {
     return (hashed >> 24) & (filter_.size() * 64 - 1);
   }
 
-  std::size_t ranks_ = 0;
   std::vector<Slot> slots_;
   std::vector<std::uint64_t> filter_;
+  std::vector<TokenId> results_;  // by rank
 };
 
 }  // namespace tinylm
