@@ -4,6 +4,7 @@ A side is made of a file and gives ids of texts; a fresh one has seen no text. W
 imported is left out.
 """
 
+import base64
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -62,18 +63,29 @@ class Gigatoken:
         return self.tokenizer.decode(ids)
 
 
-class FromBytes:
+class GigatokenFromBytes(Gigatoken):
+    """It has to make UTF-8 of a str first; others do that as they go."""
+
+    from_bytes = True
+
+
+class FlatBytes:
     """Flat ids come as bytes."""
 
     def flat(self, encoded) -> np.ndarray:
         return np.frombuffer(encoded[0], np.uint32)
 
 
-class Fastokens(FromBytes):
+class Fastokens(FlatBytes):
     def __init__(self, vocabulary: Vocabulary) -> None:
         import fastokens
 
-        self.tokenizer = fastokens.Tokenizer.from_file(str(vocabulary.json))
+        if vocabulary.encoding:  # it refuses the other file
+            self.tokenizer = fastokens.Tokenizer.from_tiktoken(
+                str(vocabulary.ranks), encoding=vocabulary.encoding
+            )
+        else:
+            self.tokenizer = fastokens.Tokenizer.from_file(str(vocabulary.json))
 
     def encode(self, texts: Sequence[str]) -> object:
         return self.tokenizer.encode_batch_flat(texts)
@@ -82,7 +94,7 @@ class Fastokens(FromBytes):
         return self.tokenizer.decode(ids.tolist())
 
 
-class Splintr(FromBytes):
+class Splintr(FlatBytes):
     def __init__(self, vocabulary: Vocabulary) -> None:
         import splintr
 
@@ -126,12 +138,17 @@ class Quicktok:
         return encoded[0]
 
 
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """tiktoken's own reader keeps a copy by the file's path, whatever is in it later."""
+    lines = (line.split() for line in file.read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
 class Tiktoken:
     def __init__(self, vocabulary: Vocabulary) -> None:
         import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
 
-        ranks = load_tiktoken_bpe(str(vocabulary.ranks))
+        ranks = read_ranks(vocabulary.ranks)
         special = {} if vocabulary.encoding else {EOS: 0}
         self.tokenizer = tiktoken.Encoding(
             "bench",
@@ -171,8 +188,18 @@ class Tokenizers:
 
 
 SIDES = {
-    kind.__name__.lower(): kind
-    for kind in (Tinylm, Gigatoken, Quicktok, Splintr, Fastokens, Tokie, Tiktoken, Tokenizers)
-    if kind is Tinylm or importlib.util.find_spec(kind.__name__.lower())
+    name: kind
+    for name, kind in {
+        "tinylm": Tinylm,
+        "gigatoken": Gigatoken,
+        "gigatoken from bytes": GigatokenFromBytes,
+        "quicktok": Quicktok,
+        "splintr": Splintr,
+        "fastokens": Fastokens,
+        "tokie": Tokie,
+        "tiktoken": Tiktoken,
+        "tokenizers": Tokenizers,
+    }.items()
+    if importlib.util.find_spec(name.split()[0])
 }
 SLOW = {"tiktoken", "tokenizers"}  # are timed less often

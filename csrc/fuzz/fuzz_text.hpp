@@ -1,6 +1,7 @@
 // Texts made of a fuzzer's bytes.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -23,7 +24,11 @@ class FuzzText {
       for (std::size_t j = 0; j < bytes; ++j) unit = unit << 8 | data[i + j];
       units_.push_back(choice == 0 ? kAwkward[unit % kAwkwardSize] : unit % 0x110000);
     }
-    if (choice == 0) width_ = 4;
+    if (choice == 0) {
+      for (const std::uint32_t unit : units_) {
+        width_ = std::max(width_, unit < 0x100 ? 1 : unit < 0x10000 ? 2 : 4);
+      }
+    }
     narrow();
   }
 
@@ -42,6 +47,7 @@ class FuzzText {
   static constexpr std::size_t kAwkwardSize = sizeof(kAwkward) / sizeof(kAwkward[0]);
 
   void narrow() {
+    is_ascii_ = width_ == 1;
     bytes_.resize(units_.size() * static_cast<std::size_t>(width_) + 1);
     for (std::size_t i = 0; i < units_.size(); ++i) {
       is_ascii_ = is_ascii_ && units_[i] < 0x80;
