@@ -42,7 +42,13 @@ class Muon(torch.optim.Optimizer):
             `Transformer.matrices`.
         dtype: of the orthogonalisation's products; bf16 is precise enough and twice as fast
             where the device has it.
+
+    Attributes:
+        found_inf: as torch's fused optimizers have it: a number on the device; where it is 1, a
+            step leaves parameters and momenta as they are.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -63,11 +69,18 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            lr, decay = group["lr"], group["weight_decay"]
+            if self.found_inf is not None:
+                lr = lr * (1 - self.found_inf)
             for parameter, update in zip(parameters, self._updates(parameters, group), strict=True):
                 rows, columns = parameter.shape[0] // group["stacked"], parameter.shape[1]
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                size = math.sqrt(max(1.0, rows / columns))
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+                if decay:
+                    parameter.mul_(1 - lr * decay)
+                size = lr * math.sqrt(max(1.0, rows / columns))
+                if isinstance(size, Tensor):
+                    parameter.addcmul_(update.view_as(parameter), size, value=-1)
+                else:
+                    parameter.add_(update.view_as(parameter), alpha=-size)
 
     def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The direction of each parameter; equal shapes are orthogonalised together."""
@@ -89,48 +102,85 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+        gradient = parameter.grad
+        if self.found_inf is not None:  # then the momentum draws near to itself, and stays
+            gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum)
 
 
 class Optimizer:
-    """The optimizers of one run, stepped together; knows its state by parameter names."""
+    """The optimizers of one run, stepped together; knows its state by parameter names.
+
+    Args:
+        muon_dtype: see `Muon`.
+        on_device: learning rates are tensors beside the parameters, for steps that the host only
+            sets off, and a CUDA graph may hold. Then AdamW is torch's fused one.
+    """
 
     def __init__(
-        self, model: Transformer, config: TrainConfig, muon_dtype: torch.dtype = torch.float32
+        self,
+        model: Transformer,
+        config: TrainConfig,
+        muon_dtype: torch.dtype = torch.float32,
+        on_device: bool = False,
     ) -> None:
         named = dict(model.named_parameters())
+        where = next(model.parameters()).device
         matrices = model.matrices()
         on_muon = matrices if config.optimizer == "muon" else {}
         decayed = [p for n, p in named.items() if n in matrices and n not in on_muon]
         others = [p for n, p in named.items() if n not in matrices]
         self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
+
+        def rate(lr: float) -> Any:
+            return torch.tensor(lr, dtype=torch.float32, device=where) if on_device else lr
+
         adamw = torch.optim.AdamW(
             [
                 {"params": others, "weight_decay": 0.0},
                 {"params": decayed, "weight_decay": config.weight_decay},
             ],
-            lr=config.lr,
+            lr=rate(config.lr),
             betas=(config.beta1, config.beta2),
-            fused=next(model.parameters()).device.type in ("cpu", "cuda"),
+            fused=where.type in ("cpu", "cuda"),
         )
         self._parts: list[torch.optim.Optimizer] = [adamw]
         if on_muon:
             pairs = [(named[name], stacked) for name, stacked in on_muon.items()]
-            self._parts.append(
-                Muon(pairs, config.muon_lr, weight_decay=config.weight_decay, dtype=muon_dtype)
-            )
-        for part in self._parts:
+            lr, decay = rate(config.muon_lr), config.weight_decay
+            self._parts.append(Muon(pairs, lr, weight_decay=decay, dtype=muon_dtype))
+        for part, peak in zip(self._parts, (config.lr, config.muon_lr), strict=False):
             for group in part.param_groups:
-                group["peak_lr"] = group["lr"]
+                group["peak_lr"] = peak
 
     def step(self, lr_factor: float) -> None:
         """One update at ``lr_factor`` times the peak learning rates; clears the gradients."""
+        self.set_lr(lr_factor)
+        self.update()
+        self.zero_grad()
+
+    def set_lr(self, factor: float) -> None:
+        """Learning rates for the updates to come; those on a device are set without a wait."""
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor
+                lr = group["peak_lr"] * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """One update; none where ``found_inf``, a number on the device, is 1 and not 0."""
+        for part in self._parts:
+            part.found_inf = found_inf  # type: ignore[attr-defined]
             part.step()
-            part.zero_grad(set_to_none=True)
+
+    def set_capturable(self, on: bool) -> None:
+        """torch wants to be told that a step is about to be captured."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["capturable"] = on
 
     def zero_grad(self) -> None:
         for part in self._parts:
