@@ -176,8 +176,13 @@ class Optimizer:
             part.found_inf = found_inf  # type: ignore[attr-defined]
             part.step()
 
-    def set_capturable(self, on: bool) -> None:
-        """torch wants to be told that a step is about to be captured."""
+    @property
+    def capturable(self) -> bool:
+        """Whether steps are being captured, of which torch wants to be told."""
+        return bool(self._parts[0].param_groups[0]["capturable"])
+
+    @capturable.setter
+    def capturable(self, on: bool) -> None:
         for part in self._parts:
             for group in part.param_groups:
                 group["capturable"] = on

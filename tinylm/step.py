@@ -79,6 +79,7 @@ class Step(ABC):
     """
 
     about: str
+    scale: LossScale
 
     def __init__(
         self,
@@ -91,8 +92,11 @@ class Step(ABC):
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
         self.world = world or World()
         self.micro_batch_size = _micro_batch_size(config, self.world.size)
-        self.scale = LossScale()
         self._replica = self.world.replicate(model)
+
+    @abstractmethod
+    def begin(self, step: int, skipped: int) -> None:
+        """Prepares for step number ``step`` + 1, after ``skipped`` that failed in a row."""
 
     @abstractmethod
     def issue(self, step: int, lr_factor: float) -> list[Outcome]:
@@ -109,9 +113,6 @@ class Step(ABC):
     @abstractmethod
     def settle(self) -> list[Outcome]:
         """Waits for every step that was issued; the outcomes not returned yet."""
-
-    def begin(self, step: int, skipped: int) -> None:
-        """Prepares for step number ``step`` + 1, after ``skipped`` that failed in a row."""
 
     def _accumulate(self, x_BT: Tensor, y_BT: Tensor, scale: float | Tensor) -> Tensor:
         """Adds up the gradients of all parts, times ``scale`` in fp16; returns the mean loss."""
@@ -165,10 +166,13 @@ class TrainStep(Step):
         sampler: WindowSampler | None = None,
     ) -> None:
         super().__init__(model, optimizer, config, device, world)
-        self._sampler = sampler
+        self._sampler, self.scale = sampler, LossScale()
         self.about = "eager"
         if self.world.size > 1:
             self.about += f": {self.world.size} processes exchange their gradients"
+
+    def begin(self, step: int, skipped: int) -> None:
+        pass  # nothing is known here of a step but what it is given
 
     def issue(self, step: int, lr_factor: float) -> list[Outcome]:
         assert self._sampler is not None

@@ -50,9 +50,10 @@ class StepTable:
         self._coming: Future[None] | None = None
         self._side: torch.cuda.Stream | None = None
         if where.type == "cuda":
-            self._side = torch.cuda.Stream(where)
-            self._copied = [torch.cuda.Event() for _ in range(2)]
-            self._left = torch.cuda.Event()  # the device is done with a half
+            self._side = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
+            # A half has arrived; the device is done with the half it left.
+            self._copied = [_event(), _event()]
+            self._left = _event()
             self._table.record_stream(self._side)
 
     def prepare(self, step: int) -> None:
@@ -145,6 +146,10 @@ class DeviceWindows:
             row = self._corpus[row[:, None] + self._window]
         ids = row.long() & self._mask
         return ids[:, :-1], ids[:, 1:]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def fits(n_bytes: int, where: torch.device) -> bool:
