@@ -68,45 +68,42 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            lr, decay = group["lr"], group["weight_decay"]
-            if self.found_inf is not None:
-                lr = lr * (1 - self.found_inf)
-            for parameter, update in zip(parameters, self._updates(parameters, group), strict=True):
-                rows, columns = parameter.shape[0] // group["stacked"], parameter.shape[1]
-                if decay:
-                    parameter.mul_(1 - lr * decay)
-                size = lr * math.sqrt(max(1.0, rows / columns))
-                if isinstance(size, Tensor):
-                    parameter.addcmul_(update.view_as(parameter), size, value=-1)
-                else:
-                    parameter.add_(update.view_as(parameter), alpha=-size)
+            of_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    of_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in of_shape.values():
+                self._step_together(parameters, group)
 
-    def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """The direction of each parameter; equal shapes are orthogonalised together."""
-        ahead = [self._ahead(parameter, group["momentum"]) for parameter in parameters]
-        of_shape: dict[torch.Size, list[int]] = {}
-        for index, g in enumerate(ahead):
-            of_shape.setdefault(g.shape, []).append(index)
-        for shape, indices in of_shape.items():
-            maps = len(indices) * group["stacked"]
-            g_KMN = torch.stack([ahead[i] for i in indices]).view(maps, -1, shape[1])
-            orthogonal = orthogonalise(g_KMN, self._dtype).reshape(-1, *shape)
-            for index, update in zip(indices, orthogonal, strict=True):
-                ahead[index] = update
-        return ahead
+    def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """A step of parameters of equal shape, which are orthogonalised together."""
+        shape, lr = parameters[0].shape, group["lr"]
+        if self.found_inf is not None:
+            lr = lr * (1 - self.found_inf)
+        ahead = self._ahead(parameters, group["momentum"])
+        g_KMN = torch.stack(ahead).view(len(ahead) * group["stacked"], -1, shape[1])
+        updates = orthogonalise(g_KMN, self._dtype).reshape(-1, *shape)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        size = lr * math.sqrt(max(1.0, g_KMN.shape[1] / shape[1]))
+        if isinstance(size, Tensor):
+            torch._foreach_sub_(parameters, (updates * size).unbind())
+        else:
+            torch._foreach_add_(parameters, updates.unbind(), alpha=-size)
 
-    def _ahead(self, parameter: Tensor, momentum: float) -> Tensor:
-        """The gradient with Nesterov momentum."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        if self.found_inf is not None:  # then the momentum draws near to itself, and stays
-            gradient = torch.where(self.found_inf > 0, state["momentum"], gradient)
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+    def _ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """The gradients with Nesterov momentum."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        if self.found_inf is not None:  # then a momentum draws near to itself, and stays
+            bad = self.found_inf > 0
+            pairs = zip(momenta, gradients, strict=True)
+            gradients = [torch.where(bad, m, g) for m, g in pairs]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, momenta, momentum))
 
 
 class Optimizer:
@@ -133,26 +130,26 @@ class Optimizer:
         others = [p for n, p in named.items() if n not in matrices]
         self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
 
-        def rate(lr: float) -> Any:
-            return torch.tensor(lr, dtype=torch.float32, device=where) if on_device else lr
-
         adamw = torch.optim.AdamW(
             [
                 {"params": others, "weight_decay": 0.0},
                 {"params": decayed, "weight_decay": config.weight_decay},
             ],
-            lr=rate(config.lr),
+            lr=config.lr,
             betas=(config.beta1, config.beta2),
-            fused=where.type in ("cpu", "cuda"),
+            fused=where.type != "mps",
         )
         self._parts: list[torch.optim.Optimizer] = [adamw]
         if on_muon:
             pairs = [(named[name], stacked) for name, stacked in on_muon.items()]
-            lr, decay = rate(config.muon_lr), config.weight_decay
-            self._parts.append(Muon(pairs, lr, weight_decay=decay, dtype=muon_dtype))
-        for part, peak in zip(self._parts, (config.lr, config.muon_lr), strict=False):
+            self._parts.append(
+                Muon(pairs, config.muon_lr, weight_decay=config.weight_decay, dtype=muon_dtype)
+            )
+        for part in self._parts:
             for group in part.param_groups:
-                group["peak_lr"] = peak
+                group["peak_lr"] = group["lr"]
+                if on_device:
+                    group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=where)
 
     def step(self, lr_factor: float) -> None:
         """One update at ``lr_factor`` times the peak learning rates; clears the gradients."""

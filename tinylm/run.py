@@ -47,7 +47,7 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
     Raises:
         InputError: bad input, or the folder belongs to another configuration.
         TrainingError: the loss is not finite, memory ran out, or another process has ended.
-        tinylm.trainer.Interrupted: SIGINT or SIGTERM; everything has been saved.
+        tinylm.signals.Interrupted: SIGINT or SIGTERM; everything has been saved.
     """
     with joined() as world, determinism(config.deterministic), ExitStack() as held:
         progress = TrainingProgress(quiet or not world.is_main)

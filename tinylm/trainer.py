@@ -1,7 +1,6 @@
 """Training: one step function, a loop that can be stopped and resumed anywhere, and its record."""
 
 import math
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,9 @@ from tinylm.metrics import MetricsFile, plot_loss, write_samples
 from tinylm.milestones import Milestones, draw_samples, validate
 from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
-from tinylm.signals import stop_requests
+from tinylm.signals import Interrupted, stop_requests
 from tinylm.step import LossScale, Outcome, Step, TrainStep
 from tinylm.watch import Watch
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; everything has been saved."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step:,}")
-        self.signum, self.step = signum, step
 
 
 @dataclass

@@ -143,7 +143,7 @@ class DeviceWindows:
         """Inputs and their next tokens, both int64 (B, T), by operations of the device alone."""
         row = self._table.row(step)
         if self._corpus is not None:
-            row = self._corpus[row[:, None] + self._window]
+            row = self._corpus.take(row[:, None] + self._window)
         ids = row.long() & self._mask
         return ids[:, :-1], ids[:, 1:]
 
