@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: PYTHON=.venv/bin/python tests/gpu_check.sh [FOLDER]
-# Right: doctor, the tests natively and with the T4's code, and under compute-sanitizer if it is
+# Right: doctor, training, the kernels' tests natively and with the T4's code, and under compute-sanitizer if it is
 # there. Fast: the benchmarks, eager and as CUDA graphs, with plots. All that is printed, and the
 # results, go to FOLDER (build/gpu). A step that fails does not stop the others; the exit code says.
 set -uo pipefail
@@ -43,4 +43,5 @@ for graph in 0 1; do
   step "plot-graph-$graph" "$PYTHON" bench/plot_kernels.py \
     "$out/kernels-graph-$graph.json" "$out/kernels-graph-$graph.png"
 done
+step bench-train "$PYTHON" bench/bench_train.py --out "$out/train.json"
 exit $failed

@@ -68,6 +68,8 @@ class DeviceStep(Step):
     ) -> None:
         super().__init__(model, optimizer, config, device)
         where, corpus = device.torch_device, sampler.tokens.nbytes
+        if where.type == "cuda" and where.index is not None:
+            torch.cuda.set_device(where)  # whose streams and graphs are meant from here on
         resident = fits(corpus, where) if resident is None else resident
         self.windows = DeviceWindows(sampler, where, resident)
         self._say, self._graphed = say, device.type == "cuda" and config.cuda_graph

@@ -75,7 +75,7 @@ class Trainer:
         self._last: dict[str, float] = {}  # what the newest record says
         self._session_start = self._last_checkpoint = time.monotonic()
         self.eta = Eta(lambda: time.monotonic())
-        self.milestones = Milestones(config, self.total_steps, len(dataset.valid), self.eta)
+        self.milestones = Milestones(config, self.total_steps, len(dataset.valid.ids), self.eta)
 
     def _make_step(self) -> Step:
         config, device, world = self.config, self.device, self.world
