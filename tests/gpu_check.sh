@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: PYTHON=.venv/bin/python tests/gpu_check.sh [FOLDER]
-# Right: doctor, training, the kernels' tests natively and with the T4's code, and under compute-sanitizer if it is
-# there. Fast: the benchmarks, eager and as CUDA graphs, with plots. All that is printed, and the
-# results, go to FOLDER (build/gpu). A step that fails does not stop the others; the exit code says.
+# Right: doctor, the tests of training, those of the kernels natively and with the T4's code, and
+# under compute-sanitizer if it is there. Fast: the benchmarks of training and of the kernels, eager
+# and as CUDA graphs, with plots. All that is printed, and the results, go to FOLDER (build/gpu). A
+# step that fails does not stop the others; the exit code says.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
