@@ -34,6 +34,7 @@ from tinylm.data.feed import DeviceWindows
 from tinylm.data.windows import WindowSampler
 from tinylm.device import Device
 from tinylm.device_step import DeviceStep
+from tinylm.distributed import World
 from tinylm.errors import TrainingError
 from tinylm.model import Transformer
 from tinylm.optim import Optimizer
@@ -400,6 +401,17 @@ def test_a_capture_that_fails_leaves_an_eager_run(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_what_runs_is_said() -> None:
+    gpu, cpu = Device("cuda", "bf16", "for a test"), Device("cpu", "fp32", "for a test")
+    assert device_step.runs_on_device(gpu, World())
+    assert not device_step.runs_on_device(gpu, World(0, 2))
+    assert not device_step.runs_on_device(cpu, World())
+    assert device_step.about_steps(gpu).startswith("one CUDA graph")
+    assert device_step.about_steps(cpu).startswith("eager")
+    assert make().about == "eager, as asked; 1 MB of tokens on the GPU"
+    assert make(False).about == "eager"
+
+
 # --- whole runs ----------------------------------------------------------------------------------
 
 MakeConfig = Callable[..., TrainConfig]
@@ -470,6 +482,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert interrupted.value.step == stop
     train(device_run(out=str(tmp_path / "cut")), quiet=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_micro_batches_may_change_when_a_run_goes_on(
+    device_run: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(device_run(out=str(tmp_path / "whole")), quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)
+        with pytest.raises(Interrupted):
+            train(device_run(out=str(tmp_path / "cut")), quiet=True)
+    resumed = ["train", "--quiet", "--resume", str(tmp_path / "cut"), "--micro-batch-size", "2"]
+    assert cli.main([*resumed, "--no-cuda-graph"]) == 0
+    whole, cut = (records(tmp_path / name, "loss") for name in ("whole", "cut"))
+    assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in cut], rel=1e-3)
 
 
 def test_nan_stops_or_is_skipped_as_asked(

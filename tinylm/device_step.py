@@ -199,17 +199,17 @@ class DeviceStep(Step):
         norm = self._clip_norm()
         with torch.no_grad():
             good, live = (loss + norm).isfinite(), ~self._halted
-            self.optimizer.update((~(good & live)).float())
+            self.optimizer.update(found_inf=(~(good & live)).float())
             overflow = self._adapt_scale(loss, good, live)
             failed = ~(good | overflow)
             became = overflow * OVERFLOW + failed * FAILED
             self._note(torch.stack((loss, norm, became.float())), live)
             if self.config.on_nan == "skip":
-                row = torch.where(failed, self._skipped + 1, 0)
-                self._skipped.copy_(torch.where(live, row, self._skipped))
+                skipped = torch.where(failed, self._skipped + 1, 0)
+                self._skipped.copy_(torch.where(live, skipped, self._skipped))
                 failed = self._skipped > MOST_SKIPPED
             self._halted |= failed
-            self._step += ~self._halted
+            self._step += ~self._halted  # to the next, or to stay at the one that failed
 
     def _adapt_scale(self, loss: Tensor, good: Tensor, live: Tensor) -> Tensor:
         """`LossScale.adapt`; whether an overflow explains that the gradient is not finite."""
