@@ -199,18 +199,16 @@ class _Sums:
             nats_N = torch.logsumexp(logits_NV, dim=1) - own_N.squeeze(1)
             # Rank among all logits; ties count against the model.
             rank_N = (logits_NV >= own_N).sum(dim=1) - 1
-            known_N = torch.ones_like(y) if self._unk_id is None else y != self._unk_id
-            first_N = (rank_N < 1).double()
-            rows = (
-                1 - known_N.double(), nats_N.double(), nats_N.double() * known_N,
-                first_N, (rank_N < 5).double(), first_N * known_N,
-            )  # fmt: skip
-            self._sums += torch.stack(rows).sum(dim=1)
+            first_N, known_N = (rank_N < 1).float(), torch.ones_like(nats_N)
+            if self._unk_id is not None:
+                known_N = (y != self._unk_id).float()
+            rows = nats_N, nats_N * known_N, (rank_N < 5).float(), first_N, first_N * known_N
+            self._sums += torch.stack((known_N, *rows)).sum(dim=1, dtype=torch.float64)
 
     def totals(self) -> Totals:
-        unk, nats, known_nats, top1, top5, known_top1 = self._sums.tolist()
+        known, nats, known_nats, top5, top1, known_top1 = self._sums.tolist()
         counts = int(top1), int(top5), int(known_top1)
-        return Totals(self._tokens, int(unk), nats, known_nats, *counts)
+        return Totals(self._tokens, self._tokens - int(known), nats, known_nats, *counts)
 
 
 def bits_per_byte(totals: Totals, text: EvalText) -> float:
