@@ -3,11 +3,12 @@
     python bench/bench_train.py --out train.json
 
 For each preset and each batch × window: tokens per second of the plain loop of `plain_model`, eager
-and compiled, and of tinylm's own step, as the presets train (with their own optimizer) and with
-plain torch operators (TINYLM_KERNELS=torch). First both sides have to agree on loss and gradient
-for the same weights and batch. The sides take turns, so that a busy moment of the machine meets
-all of them; the best turn counts. The last columns are the matrix products of tinylm's whole step
-over its time, as a share of the fastest large matrix product measured between the turns.
+and compiled, and of tinylm's own step, as the presets train (with their own optimizer), with plain
+torch operators (TINYLM_KERNELS=torch), and on a GPU without its CUDA graph. First both sides have
+to agree on loss and gradient for the same weights and batch. The sides take turns, so that a busy
+moment of the machine meets all of them; the best turn counts. The last columns are the matrix
+products of tinylm's whole step over its time, as a share of the fastest large matrix product
+measured between the turns, and the share of the time in which a GPU is idle.
 
 On a shared machine take one thread and --cpu-time.
 """
@@ -26,6 +27,8 @@ import numpy as np
 import pytest
 import torch
 from plain_model import PlainLoop, PlainModel
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from tinylm.config import TrainConfig
 from tinylm.device import choose_device
@@ -40,6 +43,7 @@ SHAPES = {"cpu": "16x32,64x256", "cuda": "16x32,64x256,512x32,2048x32"}
 
 def make_config(preset, batch_size, seq_len, device, precision):
     options = {"batch_size": batch_size, "seq_len": seq_len, "steps": 10**6}
+    options["embedding_init"] = "random"  # the other looks at the text, which is made up here
     config = TrainConfig.from_preset(preset, device=device, precision=precision, **options)
     return replace(config, model=replace(config.model, vocab_size=VOCAB_SIZE))
 
@@ -89,7 +93,8 @@ class Ours:
         self.select()
         device = choose_device(config.device, config.precision)
         split = SimpleNamespace(ids=tokens, documents=1)
-        dataset = SimpleNamespace(train=split, valid=split, tokenizer=None)
+        tokenizer = SimpleNamespace(kind="word")
+        dataset = SimpleNamespace(train=split, valid=split, tokenizer=tokenizer)
         folder = Path(tempfile.mkdtemp())
         self.trainer = Trainer(config, dataset, folder, device, TrainingProgress(quiet=True))
 
@@ -105,6 +110,8 @@ def sides(config, tokens, compiled):
     """Name -> what steps; the plain loop in fp32 too, where that is not what tinylm runs in."""
     device = choose_device(config.device, config.precision)
     out = {"tinylm": Ours(config, tokens, "auto"), "tinylm, torch": Ours(config, tokens, "torch")}
+    if device.type == "cuda":
+        out["tinylm, eager"] = Ours(replace(config, cuda_graph=False), tokens, "auto")
     dtypes = dict.fromkeys([torch.float32, device.dtype])
     for dtype in dtypes:
         for how in ["eager", "compiled"][: 1 + (compiled and dtype == device.dtype)]:
@@ -148,6 +155,36 @@ def matmul_rate(clock, dtype, size):
     return 2 * size**3 / seconds
 
 
+def idle_share(step, count=30):
+    """Share of the time from the first kernel to the last in which none runs, as CUPTI sees it."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(count):
+            step()
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in seen.events()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    return idle(spans)
+
+
+def idle(spans):
+    """Share of the time from the first start to the last end that none of ``spans`` covers."""
+    spans = sorted(spans)
+    first = end = spans[0][0]
+    gaps = 0.0
+    for start, stop in spans:
+        gaps += max(0.0, start - end)
+        end = max(end, stop)
+    return gaps / (end - first)
+
+
+def test_idle_time_is_what_no_kernel_covers():
+    assert idle([(0, 4), (3, 5), (1, 2)]) == 0
+    assert idle([(8, 10), (0, 4), (2, 3), (4, 6)]) == pytest.approx(0.2)
+
+
 def matmul_flops(config):
     """Of one step's matrix products, forward and backward: 6 for each weight and token, and 12 T C
     a token and block for attention's scores and sums (all of them, masked or not)."""
@@ -162,7 +199,11 @@ def measure(config, arguments, clock):
     """Tokens per second of each side, and the peaks measured between them."""
     tokens = words()
     running = sides(config, tokens, not arguments.no_compile)
-    best, peaks = dict.fromkeys(running, float("inf")), {"fp32": 0.0, "bf16": 0.0}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if clock.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        dtypes["fp16"] = torch.float16  # there, bf16 is emulated
+        del dtypes["bf16"]
+    best, peaks = dict.fromkeys(running, float("inf")), dict.fromkeys(dtypes, 0.0)
     size = 8192 if clock.device == "cuda" else 2048
     for round_ in range(arguments.rounds + 1):
         for name, side in running.items():
@@ -172,11 +213,16 @@ def measure(config, arguments, clock):
             if round_:
                 count = max(1, int(arguments.seconds / once))
                 best[name] = min(best[name], clock.seconds(side.step, count))
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for name, dtype in dtypes.items():
             peaks[name] = max(peaks[name], matmul_rate(clock, dtype, size))
     per_step = config.batch_size * config.seq_len
     rate = matmul_flops(config) / best["tinylm"]
+    idle = None
+    if clock.device == "cuda":
+        running["tinylm"].select()
+        idle = idle_share(running["tinylm"].step)
     return {
+        "idle_share": idle,
         "tokens_per_second": {name: per_step / seconds for name, seconds in best.items()},
         "peak_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
         "share_of_peak": {name: rate / peak for name, peak in peaks.items()},
@@ -216,11 +262,14 @@ def row(result):
     compiled = rates.get("plain compiled")
     cells.append(f"{rates['tinylm'] / eager:.2f}×")
     cells.append(f"{rates['tinylm'] / compiled:.2f}×" if compiled else "–")
-    return cells + [f"{result['share_of_peak'][name]:.0%}" for name in ("fp32", "bf16")]
+    cells += [f"{share:.0%} ({name})" for name, share in result["share_of_peak"].items()]
+    return [*cells, "–" if result["idle_share"] is None else f"{result['idle_share']:.1%}"]
 
 
-COLUMNS = ("plain eager fp32", "plain eager", "plain compiled", "tinylm, torch", "tinylm")
-HEADS = ["tokens/s", *COLUMNS, "over eager", "over compiled", "of fp32 peak", "of bf16 peak"]
+COLUMNS = (
+    "plain eager fp32", "plain eager", "plain compiled", "tinylm, eager", "tinylm, torch", "tinylm",
+)  # fmt: skip
+HEADS = ["tokens/s", *COLUMNS, "over eager", "over compiled", *["of peak"] * 2, "idle"]
 
 
 def main():

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: PYTHON=.venv/bin/python tests/gpu_check.sh [FOLDER]
-# Right: doctor, the tests natively and with the T4's code, and under compute-sanitizer if it is
-# there. Fast: the benchmarks, eager and as CUDA graphs, with plots. All that is printed, and the
-# results, go to FOLDER (build/gpu). A step that fails does not stop the others; the exit code says.
+# Right: doctor, the tests of training, those of the kernels natively and with the T4's code, and
+# under compute-sanitizer if it is there. Fast: the benchmarks of training and of the kernels, eager
+# and as CUDA graphs, with plots. All that is printed, and the results, go to FOLDER (build/gpu). A
+# step that fails does not stop the others; the exit code says.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -22,7 +23,7 @@ nvidia-smi || exit 1
 step doctor "$PYTHON" -m tinylm doctor
 step doctor-kernels "$PYTHON" -m tinylm doctor --kernels
 step doctor-kernels-sm75 env TRITON_OVERRIDE_ARCH=sm75 "$PYTHON" -m tinylm doctor --kernels
-step tests "$PYTHON" -m pytest -m gpu -v tests/test_triton_kernels.py
+step tests "$PYTHON" -m pytest -m gpu -v tests/test_gpu.py tests/test_triton_kernels.py
 
 if command -v compute-sanitizer > /dev/null; then
   # torch's allocator hands out parts of large blocks, in which reading too far would not show.
@@ -43,4 +44,5 @@ for graph in 0 1; do
   step "plot-graph-$graph" "$PYTHON" bench/plot_kernels.py \
     "$out/kernels-graph-$graph.json" "$out/kernels-graph-$graph.png"
 done
+step bench-train "$PYTHON" bench/bench_train.py --out "$out/train.json"
 exit $failed

@@ -46,7 +46,8 @@ def test_train_options() -> None:
         "--micro-batch-size --embedding-init --optimizer --lr --muon-lr --beta1 --beta2 "
         "--weight-decay --schedule --warmup --decay --clip --device --precision --seed "
         "--deterministic --no-deterministic --on-nan --log-every --eval-every --eval-tokens "
-        "--logger --sample-every --checkpoint-seconds --keep-checkpoints"
+        "--logger --sample-every --checkpoint-seconds --keep-checkpoints "
+        "--cuda-graph --no-cuda-graph"
     )
     assert options == set(expected.split())
 

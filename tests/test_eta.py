@@ -13,6 +13,7 @@ from tinylm import run as run_module
 from tinylm import trainer as trainer_module
 from tinylm.config import TrainConfig
 from tinylm.run import train
+from tinylm.signals import Interrupted
 from tinylm.trainer import Trainer
 
 
@@ -100,7 +101,7 @@ def test_a_resumed_run_knows_only_its_own_session(
                 os.kill(os.getpid(), signal.SIGINT)
 
         patch.setattr(Trainer, "_train_step", stop)
-        with pytest.raises(trainer_module.Interrupted):
+        with pytest.raises(Interrupted):
             train(small_run(steps=100), quiet=True)
     clock = Clock(monkeypatch)
     clock.takes(Trainer, "_train_step", lambda: 1.0)

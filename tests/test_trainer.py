@@ -20,7 +20,8 @@ from tinylm.checkpoint import CheckpointFolder
 from tinylm.config import TrainConfig
 from tinylm.errors import InputError
 from tinylm.run import resume_config, train
-from tinylm.trainer import Interrupted, Trainer
+from tinylm.signals import Interrupted
+from tinylm.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
 

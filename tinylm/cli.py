@@ -161,7 +161,7 @@ def _train(arguments: argparse.Namespace) -> int:
         config = TrainConfig.from_preset(preset, **options)
     from tinylm.distributed import is_main
     from tinylm.run import train
-    from tinylm.trainer import Interrupted
+    from tinylm.signals import Interrupted
 
     folder = config.run_folder
     try:
@@ -371,7 +371,7 @@ def _add_reproduce(verbs: Any) -> None:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from tinylm.reproduce import reproduce, table
-    from tinylm.trainer import Interrupted
+    from tinylm.signals import Interrupted
 
     data = DataConfig(**{"tokenizer": "word"} | _given(arguments, DataConfig))
     given = _given(arguments, TrainConfig)

@@ -118,6 +118,9 @@ class TrainConfig:
     deterministic: bool = option(
         False, "the same bits each time on a GPU too, or an error; a resume checks for what differs"
     )
+    cuda_graph: bool = option(
+        True, "on one GPU, capture the training step as a CUDA graph; the result stays the same"
+    )
     on_nan: Literal["stop", "skip"] = option(
         "stop", "what to do when loss or gradient is not finite: stop, or skip the step"
     )

@@ -131,6 +131,27 @@ def conditions(device: Device) -> dict[str, Any]:
     }
 
 
+def changed_conditions(
+    there: dict[str, Any], here: dict[str, Any], deterministic: bool
+) -> str | None:
+    """What to say of a run that goes on under other `conditions`; None under the same.
+
+    Raises:
+        InputError: a deterministic run would.
+    """
+    different = [k for k, v in here.items() if there.get(k) != v]
+    if not different:
+        return None
+    listed = "; ".join(f"{k} is {there.get(k)} there and {here[k]} here" for k in different)
+    text = f"the checkpoint was made under other conditions ({listed})"
+    if deterministic:
+        raise InputError(
+            f"{text}, and a deterministic run has to go on as it began; OMP_NUM_THREADS sets "
+            "the number of threads"
+        )
+    return f"{text}: the run goes on the same only up to rounding"
+
+
 def _best_precision(device: str, kind: str) -> tuple[str, str]:
     import torch
 

@@ -7,6 +7,7 @@ from importlib import metadata
 
 from tinylm import __version__
 from tinylm.device import choose_device, cpu_flags
+from tinylm.device_step import about_steps
 from tinylm.kernels import selections
 from tinylm.tokenizer import implementation
 
@@ -34,6 +35,7 @@ def lines(device: str = "auto") -> Iterator[str]:
     yield ""
     name, why = implementation()
     yield f"tokenizer     {name}: {why}"
+    yield f"{'training step':21} {about_steps(chosen)}"
     for selection in selections(chosen.type):
         yield f"{selection.operator:21} {selection.implementation}: {selection.reason}"
     advice = list(_advice(name, chosen.type))

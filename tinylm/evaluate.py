@@ -13,7 +13,8 @@ from tinylm.device import Device
 from tinylm.model import Transformer
 
 IGNORE = -100
-ROWS = 256  # rows of logits alive at once; more leave a processor's cache
+# Rows of logits alive at once: more leave a processor's cache; a GPU wants larger products.
+ROWS = {"cpu": 256, "cuda": 4096}
 LN2 = math.log(2)
 
 
@@ -109,15 +110,17 @@ def evaluate(
     seq_len = min(seq_len or model.config.max_seq_len, max(1, len(ids)))
     inputs, targets = windows(ids, seq_len, eos_id, limit)
     where = next(model.parameters()).device
-    totals = Totals()
+    sums = _Sums(model, where, unk_id)
     for start in range(0, len(inputs), batch := max(1, 8192 // seq_len)):
-        x_BT = torch.from_numpy(inputs[start : start + batch]).to(where)
-        y_BT = torch.from_numpy(targets[start : start + batch]).to(where)
+        part = slice(start, start + batch)
+        x_BT, y_BT = _sent(inputs[part], where), _sent(targets[part], where)
         with device.autocast() if device else _fp32(where):
-            for h_NC, y_N in _positions(model, x_BT, y_BT, prefix_only):
-                _add(totals, model, h_NC, y_N, unk_id)
+            for h_NC, positions in _positions(model, x_BT, prefix_only):
+                # Only the end of the last window is padded.
+                count = int((targets[part][:, positions] != IGNORE).sum())
+                sums.add(h_NC[:count], y_BT[:, positions].flatten()[:count])
     model.train(training)
-    return totals
+    return sums.totals()
 
 
 @torch.no_grad()
@@ -135,22 +138,31 @@ def evaluate_full_prefix(
         limit: how many tokens, spread evenly.
     """
     count = min(limit, len(ids) - first)
-    totals = Totals()
     if count < 1:
-        return totals
+        return Totals()
     training = model.training
     model.eval()
     where = next(model.parameters()).device
+    sums = _Sums(model, where, None)
     targets = np.linspace(first, len(ids) - 1, count).round().astype(np.int64)
     batch = max(1, 8192 // seq_len)
     for start in range(0, count, batch):
         at = targets[start : start + batch]
-        x_BT = torch.from_numpy(ids[at[:, None] + np.arange(-seq_len, 0)].astype(np.int64))
-        y_B = torch.from_numpy(ids[at].astype(np.int64))
+        x_BT = _sent(ids[at[:, None] + np.arange(-seq_len, 0)].astype(np.int64), where)
         with _fp32(where):
-            _add(totals, model, model.hidden(x_BT.to(where))[:, -1], y_B.to(where), None)
+            sums.add(model.hidden(x_BT)[:, -1], _sent(ids[at].astype(np.int64), where))
     model.train(training)
-    return totals
+    return sums.totals()
+
+
+def _sent(ids: np.ndarray, where: torch.device) -> Tensor:
+    """On the device, without waiting for a GPU."""
+    tensor = torch.from_numpy(ids)
+    return (
+        tensor.pin_memory().to(where, non_blocking=True)
+        if where.type == "cuda"
+        else tensor.to(where)
+    )
 
 
 def _fp32(where: torch.device) -> AbstractContextManager[object]:
@@ -158,34 +170,45 @@ def _fp32(where: torch.device) -> AbstractContextManager[object]:
 
 
 def _positions(
-    model: Transformer, x_BT: Tensor, y_BT: Tensor, prefix_only: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states and targets, all at once or, to hide the future, one prefix length a time."""
+    model: Transformer, x_BT: Tensor, prefix_only: bool
+) -> Iterator[tuple[Tensor, slice]]:
+    """Hidden states of positions: all at once or, to hide the future, one prefix length a time."""
     if model.config.causal or not prefix_only:
-        yield model.hidden(x_BT).flatten(0, 1), y_BT.flatten()
+        yield model.hidden(x_BT).flatten(0, 1), slice(None)
         return
     for length in range(1, x_BT.shape[1] + 1):
-        yield model.hidden(x_BT[:, :length])[:, -1], y_BT[:, length - 1]
+        yield model.hidden(x_BT[:, :length])[:, -1], slice(length - 1, length)
 
 
-def _add(totals: Totals, model: Transformer, h_NC: Tensor, y_N: Tensor, unk_id: int | None) -> None:
-    keep = y_N != IGNORE
-    h_NC, y_N = h_NC[keep], y_N[keep]
-    for start in range(0, len(y_N), ROWS):
-        y = y_N[start : start + ROWS]
-        logits_NV = model.logits(h_NC[start : start + ROWS]).float()
-        own_N = logits_NV.gather(1, y[:, None])
-        nats_N = torch.logsumexp(logits_NV, dim=1) - own_N.squeeze(1)
-        # Rank among all logits; ties count against the model.
-        rank_N = (logits_NV >= own_N).sum(dim=1) - 1
-        known_N = torch.ones_like(y, dtype=torch.bool) if unk_id is None else y != unk_id
-        totals.tokens += len(y)
-        totals.unk += int((~known_N).sum())
-        totals.nats += float(nats_N.double().sum())
-        totals.known_nats += float(nats_N[known_N].double().sum())
-        totals.top1 += int((rank_N < 1).sum())
-        totals.top5 += int((rank_N < 5).sum())
-        totals.known_top1 += int((rank_N[known_N] < 1).sum())
+class _Sums:
+    """`Totals` in the making, on the device, where nothing waits for them until the end."""
+
+    def __init__(self, model: Transformer, where: torch.device, unk_id: int | None) -> None:
+        self._model, self._unk_id = model, unk_id
+        self._rows = ROWS.get(where.type, 4096)
+        self._tokens = 0
+        self._sums = torch.zeros(6, dtype=torch.float64, device=where)
+
+    def add(self, h_NC: Tensor, y_N: Tensor) -> None:
+        """Of hidden states, and the tokens that follow them."""
+        self._tokens += len(y_N)
+        for start in range(0, len(y_N), self._rows):
+            y = y_N[start : start + self._rows]
+            logits_NV = self._model.logits(h_NC[start : start + self._rows]).float()
+            own_N = logits_NV.gather(1, y[:, None])
+            nats_N = torch.logsumexp(logits_NV, dim=1) - own_N.squeeze(1)
+            # Rank among all logits; ties count against the model.
+            rank_N = (logits_NV >= own_N).sum(dim=1) - 1
+            first_N, known_N = (rank_N < 1).float(), torch.ones_like(nats_N)
+            if self._unk_id is not None:
+                known_N = (y != self._unk_id).float()
+            rows = nats_N, nats_N * known_N, (rank_N < 5).float(), first_N, first_N * known_N
+            self._sums += torch.stack((known_N, *rows)).sum(dim=1, dtype=torch.float64)
+
+    def totals(self) -> Totals:
+        known, nats, known_nats, top5, top1, known_top1 = self._sums.tolist()
+        counts = int(top1), int(top5), int(known_top1)
+        return Totals(self._tokens, self._tokens - int(known), nats, known_nats, *counts)
 
 
 def bits_per_byte(totals: Totals, text: EvalText) -> float:

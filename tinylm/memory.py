@@ -1,6 +1,7 @@
 """How much memory a training step takes, by arithmetic: for the message when it runs out."""
 
 from tinylm.config import ModelConfig, TrainConfig
+from tinylm.device import Device
 from tinylm.kernels.attention import BLOCK_QUERIES
 
 GB = 1e9
@@ -36,6 +37,32 @@ def window_bytes(model: ModelConfig, seq_len: int, value_bytes: int, scores: boo
         else:
             per_layer += (4 + value_bytes % 4) * model.n_heads * seq_len * seq_len
     return model.n_layers * per_layer + seq_len * 3 * 4 * C
+
+
+def advice(config: TrainConfig, micro_batch_size: int, parameters: int, device: Device) -> str:
+    """What to say when memory has run out."""
+    fixed, micro = fixed_bytes(config, parameters), micro_batch_size
+    value_bytes = 4 if device.precision == "fp32" else 2
+    window = window_bytes(config.model, config.seq_len, value_bytes, device.type == "cpu")
+    return (
+        f"out of memory with {micro} windows (of --batch-size {config.batch_size}) of "
+        f"{config.seq_len} tokens (--seq-len) at once: about {size(fixed)} for weights, "
+        f"gradients and optimizer and {size(window)} for each window, {size(window * micro)} "
+        "in all; lower --micro-batch-size (the result stays the same), or --seq-len"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has an exception of its own for GPUs only; a CPU's says it in words."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return any(
+        words in text
+        for words in ("allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
 
 
 def size(n_bytes: float) -> str:

@@ -42,7 +42,13 @@ class Muon(torch.optim.Optimizer):
             `Transformer.matrices`.
         dtype: of the orthogonalisation's products; bf16 is precise enough and twice as fast
             where the device has it.
+
+    Attributes:
+        found_inf: as torch's fused optimizers have it: a number on the device; where it is 1, a
+            step leaves parameters and momenta as they are.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -62,49 +68,68 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for parameter, update in zip(parameters, self._updates(parameters, group), strict=True):
-                rows, columns = parameter.shape[0] // group["stacked"], parameter.shape[1]
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                size = math.sqrt(max(1.0, rows / columns))
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+            of_shape: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    of_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in of_shape.values():
+                self._step_together(parameters, group)
 
-    def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """The direction of each parameter; equal shapes are orthogonalised together."""
-        ahead = [self._ahead(parameter, group["momentum"]) for parameter in parameters]
-        of_shape: dict[torch.Size, list[int]] = {}
-        for index, g in enumerate(ahead):
-            of_shape.setdefault(g.shape, []).append(index)
-        for shape, indices in of_shape.items():
-            maps = len(indices) * group["stacked"]
-            g_KMN = torch.stack([ahead[i] for i in indices]).view(maps, -1, shape[1])
-            orthogonal = orthogonalise(g_KMN, self._dtype).reshape(-1, *shape)
-            for index, update in zip(indices, orthogonal, strict=True):
-                ahead[index] = update
-        return ahead
+    def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """A step of parameters of equal shape, which are orthogonalised together."""
+        shape, lr = parameters[0].shape, group["lr"]
+        if self.found_inf is not None:
+            lr = lr * (1 - self.found_inf)
+        ahead = self._ahead(parameters, group["momentum"])
+        g_KMN = torch.stack(ahead).view(len(ahead) * group["stacked"], -1, shape[1])
+        updates = orthogonalise(g_KMN, self._dtype).reshape(-1, *shape)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        size = lr * math.sqrt(max(1.0, g_KMN.shape[1] / shape[1]))
+        if isinstance(size, Tensor):
+            torch._foreach_sub_(parameters, (updates * size).unbind())
+        else:
+            torch._foreach_add_(parameters, updates.unbind(), alpha=-size)
 
-    def _ahead(self, parameter: Tensor, momentum: float) -> Tensor:
-        """The gradient with Nesterov momentum."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
+    def _ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
+        """The gradients with Nesterov momentum."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradients: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
+        if self.found_inf is not None:  # then a momentum draws near to itself, and stays
+            bad = self.found_inf > 0
+            pairs = zip(momenta, gradients, strict=True)
+            gradients = [torch.where(bad, m, g) for m, g in pairs]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, momenta, momentum))
 
 
 class Optimizer:
-    """The optimizers of one run, stepped together; knows its state by parameter names."""
+    """The optimizers of one run, stepped together; knows its state by parameter names.
+
+    Args:
+        muon_dtype: see `Muon`.
+        on_device: learning rates are tensors beside the parameters, for steps that the host only
+            sets off, and a CUDA graph may hold. Then AdamW is torch's fused one.
+    """
 
     def __init__(
-        self, model: Transformer, config: TrainConfig, muon_dtype: torch.dtype = torch.float32
+        self,
+        model: Transformer,
+        config: TrainConfig,
+        muon_dtype: torch.dtype = torch.float32,
+        on_device: bool = False,
     ) -> None:
         named = dict(model.named_parameters())
+        where = next(model.parameters()).device
         matrices = model.matrices()
         on_muon = matrices if config.optimizer == "muon" else {}
         decayed = [p for n, p in named.items() if n in matrices and n not in on_muon]
         others = [p for n, p in named.items() if n not in matrices]
         self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
+
         adamw = torch.optim.AdamW(
             [
                 {"params": others, "weight_decay": 0.0},
@@ -112,7 +137,7 @@ class Optimizer:
             ],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
-            fused=next(model.parameters()).device.type in ("cpu", "cuda"),
+            fused=where.type != "mps",
         )
         self._parts: list[torch.optim.Optimizer] = [adamw]
         if on_muon:
@@ -123,14 +148,41 @@ class Optimizer:
         for part in self._parts:
             for group in part.param_groups:
                 group["peak_lr"] = group["lr"]
+                if on_device:
+                    group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=where)
 
     def step(self, lr_factor: float) -> None:
         """One update at ``lr_factor`` times the peak learning rates; clears the gradients."""
+        self.set_lr(lr_factor)
+        self.update()
+        self.zero_grad()
+
+    def set_lr(self, factor: float) -> None:
+        """Learning rates for the updates to come; those on a device are set without a wait."""
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor
+                lr = group["peak_lr"] * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """One update; none where ``found_inf``, a number on the device, is 1 and not 0."""
+        for part in self._parts:
+            part.found_inf = found_inf  # type: ignore[attr-defined]
             part.step()
-            part.zero_grad(set_to_none=True)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether steps are being captured, of which torch wants to be told."""
+        return bool(self._parts[0].param_groups[0]["capturable"])
+
+    @capturable.setter
+    def capturable(self, on: bool) -> None:
+        for part in self._parts:
+            for group in part.param_groups:
+                group["capturable"] = on
 
     def zero_grad(self) -> None:
         for part in self._parts:

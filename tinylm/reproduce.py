@@ -77,7 +77,7 @@ def reproduce(
         What ``report.json`` holds.
 
     Raises:
-        InputError, TrainingError, tinylm.trainer.Interrupted: as in `tinylm.run.train`.
+        InputError, TrainingError, tinylm.signals.Interrupted: as in `tinylm.run.train`.
     """
     folder = Path(out)
     configs = _configs(data, folder, minutes, tokens, presets, options)

@@ -27,7 +27,7 @@ CHECKPOINTS = "checkpoints"
 # Options that may differ when a run is resumed: they change what is seen, not what is learned.
 MAY_DIFFER = (
     "out", "logger", "log_every", "checkpoint_seconds", "keep_checkpoints", "micro_batch_size",
-    "on_nan",
+    "on_nan", "cuda_graph",
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def train(config: TrainConfig, *, fresh: bool = False, quiet: bool = False) -> L
     Raises:
         InputError: bad input, or the folder belongs to another configuration.
         TrainingError: the loss is not finite, memory ran out, or another process has ended.
-        tinylm.trainer.Interrupted: SIGINT or SIGTERM; everything has been saved.
+        tinylm.signals.Interrupted: SIGINT or SIGTERM; everything has been saved.
     """
     with joined() as world, determinism(config.deterministic), ExitStack() as held:
         progress = TrainingProgress(quiet or not world.is_main)
@@ -226,6 +226,7 @@ def _introduce(trainer: Trainer, progress: TrainingProgress) -> None:
         f"{data.tokenizer.kind} vocabulary of {data.tokenizer.vocab_size:,}"
     )
     progress.say(f"device  {trainer.device}")
+    progress.say(f"steps   {trainer.step.about}")
     if trainer.total_steps is None:
         assert config.minutes is not None
         length = duration(config.minutes * 60)

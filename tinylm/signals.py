@@ -9,6 +9,14 @@ from typing import Any
 from tinylm.distributed import PeerError
 
 
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; everything has been saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step:,}")
+        self.signum, self.step = signum, step
+
+
 class StopRequest:
     """``signum`` is that of the signal that came, None as long as none did."""
 

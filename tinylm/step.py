@@ -1,20 +1,29 @@
-"""One training step: the gradient of a batch, computed in parts, and the update it leads to."""
+"""One training step: the gradient of a batch, computed in parts, and the update it leads to.
+
+`TrainStep` looks at the loss and the gradient's norm before it updates anything;
+`tinylm.device_step.DeviceStep` leaves all that to a GPU.
+"""
 
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinylm.config import TrainConfig
+from tinylm.data.windows import WindowSampler
 from tinylm.device import Device
 from tinylm.distributed import World, peer_errors
 from tinylm.errors import InputError, TrainingError
-from tinylm.memory import fixed_bytes, size, window_bytes
+from tinylm.memory import advice, is_out_of_memory
 from tinylm.model import Transformer
 from tinylm.optim import Optimizer
+
+GROWTH_STEPS = 2000  # good steps after which the loss scale doubles
 
 
 @dataclass
@@ -29,7 +38,7 @@ class LossScale:
         self.good_steps = self.good_steps + 1 if good else 0
         if not good:
             self.value /= 2
-        elif self.good_steps == 2000:
+        elif self.good_steps == GROWTH_STEPS:
             self.value, self.good_steps = self.value * 2, 0
 
 
@@ -43,23 +52,34 @@ class Outcome:
         updated: False where loss or gradient was not finite: weights and optimizer are as before.
         overflow: the gradient was too large for fp16 at the loss scale of this step, which
             happens now and then and needs nobody's attention.
+        step: its number in the run, from 1.
+        lr_factor: share of the peak learning rates.
     """
 
     loss: float
     grad_norm: float
     updated: bool
     overflow: bool = False
+    step: int = 0
+    lr_factor: float = 1.0
 
 
-class TrainStep:
-    """Turns a batch into an update of the weights.
+class Step(ABC):
+    """Turns the batches of a run into updates of the weights.
 
-    The batch is computed in parts of ``micro_batch_size`` windows. Their gradients add up to that
+    A batch is computed in parts of ``micro_batch_size`` windows. Their gradients add up to that
     of the batch, except that a sum in another order is rounded otherwise.
+
+    Attributes:
+        about: how steps run, and why, in one line.
+        scale: the loss scale (fp16), kept in checkpoints.
 
     Raises:
         InputError: the batch cannot be divided by processes and parts.
     """
+
+    about: str
+    scale: LossScale
 
     def __init__(
         self,
@@ -72,8 +92,95 @@ class TrainStep:
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
         self.world = world or World()
         self.micro_batch_size = _micro_batch_size(config, self.world.size)
-        self.scale = LossScale()
         self._replica = self.world.replicate(model)
+
+    @abstractmethod
+    def begin(self, step: int, skipped: int) -> None:
+        """Prepares for step number ``step`` + 1, after ``skipped`` that failed in a row."""
+
+    @abstractmethod
+    def issue(self, step: int, lr_factor: float) -> list[Outcome]:
+        """Sets off step number ``step`` (from 1), which follows the one before.
+
+        Returns:
+            Outcomes that have become known since the last call, in order: of this step, or of
+            earlier ones.
+
+        Raises:
+            TrainingError: memory ran out, or another process has ended (`PeerError`).
+        """
+
+    @abstractmethod
+    def settle(self) -> list[Outcome]:
+        """Waits for every step that was issued; the outcomes not returned yet."""
+
+    def _accumulate(self, x_BT: Tensor, y_BT: Tensor, scale: float | Tensor) -> Tensor:
+        """Adds up the gradients of all parts, times ``scale`` in fp16; returns the mean loss."""
+        count, micro = len(x_BT), self.micro_batch_size
+        total = torch.zeros((), device=x_BT.device)
+        for start in range(0, count, micro):
+            last, part = start + micro == count, slice(start, start + micro)
+            with nullcontext() if last else self._replica.alone():
+                with self.device.autocast():
+                    loss = self._replica.loss(x_BT[part], y_BT[part]) * (micro / count)
+                scaled = loss * scale if self.device.precision == "fp16" else loss
+                scaled.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _clip_norm(self) -> Tensor:
+        """Clips the gradients; their norm before."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+
+    @contextmanager
+    def _memory_told(self) -> Iterator[None]:
+        """Where memory runs out, `TrainingError` says what takes it."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            count = self.model.parameter_count()
+            text = advice(self.config, self.micro_batch_size, count, self.device)
+            raise TrainingError(text) from error
+
+
+class TrainStep(Step):
+    """Each step is over, and looked at, before the next one begins.
+
+    Args:
+        sampler: where `issue` takes its batches from.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: Optimizer,
+        config: TrainConfig,
+        device: Device,
+        world: World | None = None,
+        sampler: WindowSampler | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, config, device, world)
+        self._sampler, self.scale = sampler, LossScale()
+        self.about = "eager"
+        if self.world.size > 1:
+            self.about += f": {self.world.size} processes exchange their gradients"
+
+    def begin(self, step: int, skipped: int) -> None:
+        pass  # nothing is known here of a step but what it is given
+
+    def issue(self, step: int, lr_factor: float) -> list[Outcome]:
+        assert self._sampler is not None
+        batch = self._sampler.batch(step - 1, self.world.rank, self.world.size)
+        return [replace(self(*batch, lr_factor), step=step, lr_factor=lr_factor)]
+
+    def settle(self) -> list[Outcome]:
+        return []
 
     def __call__(self, inputs: np.ndarray, targets: np.ndarray, lr_factor: float) -> Outcome:
         """One step on this process's windows (int64, both (B / processes, T)).
@@ -81,48 +188,29 @@ class TrainStep:
         Raises:
             TrainingError: memory ran out, or another process has ended (`PeerError`).
         """
-        try:
+        with self._memory_told():
             with peer_errors(self.world):
                 total = self._backward(inputs, targets)
             loss, norm = self.world.mean(float(total)), self._clip()
             good = math.isfinite(loss) and math.isfinite(norm)
             if good:
                 self.optimizer.step(lr_factor)
-        except (RuntimeError, MemoryError) as error:
-            if _is_out_of_memory(error):
-                raise TrainingError(self._memory_advice()) from error
-            raise
         if not good:
             self.optimizer.zero_grad()
         return Outcome(loss, norm, good, self._adapt_scale(loss, norm))
 
     def _backward(self, inputs: np.ndarray, targets: np.ndarray) -> Tensor:
         """Adds up the gradients of all parts; returns the mean loss."""
-        where, micro = self.device.torch_device, self.micro_batch_size
-        total = torch.zeros((), device=where)
-        for start in range(0, len(inputs), micro):
-            last = start + micro == len(inputs)
-            x_BT = torch.from_numpy(inputs[start : start + micro]).to(where)
-            y_BT = torch.from_numpy(targets[start : start + micro]).to(where)
-            with nullcontext() if last else self._replica.alone():
-                with self.device.autocast():
-                    loss = self._replica.loss(x_BT, y_BT) * (micro / len(inputs))
-                self._scaled(loss).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        return total
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss * self.scale.value if self.device.precision == "fp16" else loss
+        where = self.device.torch_device
+        x_BT, y_BT = (torch.from_numpy(ids).to(where) for ids in (inputs, targets))
+        return self._accumulate(x_BT, y_BT, self.scale.value)
 
     def _clip(self) -> float:
         """Unscales (fp16) and clips the gradients; returns their norm before clipping."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
         if self.device.precision == "fp16":
-            for p in parameters:
-                assert p.grad is not None
-                p.grad /= self.scale.value
-        limit = self.config.clip or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            for gradient in self._gradients():
+                gradient /= self.scale.value
+        return float(self._clip_norm())
 
     def _adapt_scale(self, loss: float, norm: float) -> bool:
         """Whether an overflow explains that the norm is not finite."""
@@ -130,19 +218,6 @@ class TrainStep:
             return False
         self.scale.adapt(math.isfinite(norm))
         return not math.isfinite(norm) and self.scale.value >= 1.0
-
-    def _memory_advice(self) -> str:
-        config, micro = self.config, self.micro_batch_size
-        fixed = fixed_bytes(config, self.model.parameter_count())
-        scores = self.device.type == "cpu"
-        value_bytes = 4 if self.device.precision == "fp32" else 2
-        window = window_bytes(config.model, config.seq_len, value_bytes, scores)
-        return (
-            f"out of memory with {micro} windows (of --batch-size {config.batch_size}) of "
-            f"{config.seq_len} tokens (--seq-len) at once: about {size(fixed)} for weights, "
-            f"gradients and optimizer and {size(window)} for each window, {size(window * micro)} "
-            "in all; lower --micro-batch-size (the result stays the same), or --seq-len"
-        )
 
 
 def _micro_batch_size(config: TrainConfig, processes: int) -> int:
@@ -158,14 +233,3 @@ def _micro_batch_size(config: TrainConfig, processes: int) -> int:
             f"micro_batch_size {micro}"
         )
     return micro
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch has an exception of its own for GPUs only; a CPU's says it in words."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return any(
-        words in text
-        for words in ("allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )

@@ -1,9 +1,7 @@
 """Training: one step function, a loop that can be stopped and resumed anywhere, and its record."""
 
 import math
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,33 +12,19 @@ from tinylm.checkpoint import Checkpoint, CheckpointFolder, load_tensors, save_t
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
 from tinylm.data.windows import WindowSampler
-from tinylm.device import Device, conditions
+from tinylm.device import Device, changed_conditions, conditions
+from tinylm.device_step import DeviceStep, runs_on_device
 from tinylm.distributed import PeerError, World
 from tinylm.embeddings import initial_model
 from tinylm.errors import InputError, TrainingError
 from tinylm.eta import Eta
-from tinylm.evaluate import evaluate
-from tinylm.generate import Sampling
-from tinylm.lm import LanguageModel
 from tinylm.metrics import MetricsFile, plot_loss, write_samples
+from tinylm.milestones import Milestones, draw_samples, validate
 from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
-from tinylm.signals import stop_requests
-from tinylm.step import LossScale, Outcome, TrainStep
+from tinylm.signals import Interrupted, stop_requests
+from tinylm.step import LossScale, Outcome, Step, TrainStep
 from tinylm.watch import Watch
-
-EVALUATIONS = 20  # in a run, unless eval_every says otherwise
-SAMPLES = 4  # in a run, unless sample_every says otherwise
-SAMPLE_TOKENS = 40
-SAMPLE_PROMPTS = 3
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; everything has been saved."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step:,}")
-        self.signum, self.step = signum, step
 
 
 @dataclass
@@ -79,19 +63,29 @@ class Trainer:
         self.progress = progress
         self.world = world or World()
         self.model = initial_model(config, dataset, device.torch_device)
-        muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
-        self.optimizer = Optimizer(self.model, config, muon_dtype)
-        self.step = TrainStep(self.model, self.optimizer, config, device, self.world)
         self.sampler = WindowSampler(
             dataset.train.ids, config.seq_len, config.batch_size, config.stride, config.seed
         )
+        self.step = self._make_step()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.keep_checkpoints)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.total_steps = self._total_steps()
         self.state, self.watch = Progress(), Watch()
+        self._news: list[Outcome] = []  # of steps that ended, not yet looked at
         self._last: dict[str, float] = {}  # what the newest record says
         self._session_start = self._last_checkpoint = time.monotonic()
         self.eta = Eta(lambda: time.monotonic())
+        self.milestones = Milestones(config, self.total_steps, len(dataset.valid.ids), self.eta)
+
+    def _make_step(self) -> Step:
+        config, device, world = self.config, self.device, self.world
+        on_device = runs_on_device(device, world)
+        muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
+        self.optimizer = Optimizer(self.model, config, muon_dtype, on_device)
+        parts = self.model, self.optimizer, config, device
+        if on_device:
+            return DeviceStep(*parts, self.sampler, self.progress.say)
+        return TrainStep(*parts, world, self.sampler)
 
     def _total_steps(self) -> int | None:
         """None when the run is limited by time."""
@@ -130,7 +124,9 @@ class Trainer:
         self.optimizer.load_state_tensors(optim)
         state = dict(checkpoint.state)
         try:
-            self._check_conditions(state.pop("conditions"))
+            there, here = state.pop("conditions"), self._conditions()
+            if changed := changed_conditions(there, here, self.config.deterministic):
+                self.progress.say(changed)
             self.step.scale = LossScale(**state.pop("loss_scale"))
             self.watch = Watch(**state.pop("watch"))
             self.state = Progress(**state)
@@ -147,20 +143,6 @@ class Trainer:
             "processes": self.world.size,
             "micro_batch_size": self.step.micro_batch_size,
         }
-
-    def _check_conditions(self, there: dict[str, Any]) -> None:
-        here = self._conditions()
-        different = [k for k, v in here.items() if there.get(k) != v]
-        if not different:
-            return
-        listed = "; ".join(f"{k} is {there.get(k)} there and {here[k]} here" for k in different)
-        text = f"the checkpoint was made under other conditions ({listed})"
-        if self.config.deterministic:
-            raise InputError(
-                f"{text}, and a deterministic run has to go on as it began; OMP_NUM_THREADS sets "
-                "the number of threads"
-            )
-        self.progress.say(f"{text}: the run goes on the same only up to rounding")
 
     def _check_best(self) -> None:
         """The best weights are in no checkpoint: if their file is damaged, they are found anew."""
@@ -190,6 +172,7 @@ class Trainer:
             # As precise, and as slow, as the last: this tells how long that will take.
             with self.eta.interruption("first evaluation"):
                 self._evaluate(precise=True)
+        self.step.begin(self.state.step, self.watch.skipped_until(self.state.step))
         with stop_requests(self.progress.say) as request:
             while self.share < 1.0:
                 share = self.share
@@ -197,11 +180,13 @@ class Trainer:
                     self._train_step(share)
                     elapsed = before + time.monotonic() - self._session_start
                     self.state.elapsed, stop = self.world.agree(elapsed, request.signum)
+                    self._look()
                 except PeerError as error:
                     self._left_alone(error)
                 if self.world.is_main:
                     self._after_step(share)
                 if stop is not None and self.share < 1.0:
+                    self._settle()
                     self.save_checkpoint()
                     raise Interrupted(stop, self.state.step)
             self.save_checkpoint()
@@ -216,22 +201,32 @@ class Trainer:
         ) from error
 
     def _train_step(self, share: float) -> None:
-        config, state = self.config, self.state
-        factor = lr_factor(config, share)
-        inputs, targets = self.sampler.batch(state.step, self.world.rank, self.world.size)
-        outcome = self.step(inputs, targets, factor)
-        if not (outcome.updated or outcome.overflow):
-            self._not_finite(outcome)
-        state.step += 1
-        state.tokens += config.batch_size * config.seq_len
-        self._last = {"lr": config.lr * factor}
-        if math.isfinite(outcome.grad_norm):
-            self._last["grad_norm"] = outcome.grad_norm
-        if math.isfinite(outcome.loss):
-            self._add_loss(outcome.loss)
-
-    def _add_loss(self, loss: float) -> None:
+        """Sets off the next step; what it did may become known only steps later."""
         state = self.state
+        self._news = self.step.issue(state.step + 1, lr_factor(self.config, share))
+        state.step += 1
+        state.tokens = self._tokens(state.step)
+
+    def _settle(self) -> None:
+        """Waits for all steps that were set off, and looks at what they did."""
+        self._news = self.step.settle()
+        self._look()
+
+    def _look(self) -> None:
+        news, self._news = self._news, []
+        for outcome in news:
+            if not (outcome.updated or outcome.overflow):
+                self._not_finite(outcome)
+            self._last = {"lr": self.config.lr * outcome.lr_factor}
+            if math.isfinite(outcome.grad_norm):
+                self._last["grad_norm"] = outcome.grad_norm
+            if math.isfinite(outcome.loss):
+                self._add_loss(outcome)
+            if self.world.is_main and outcome.step % self.config.log_every == 0:
+                self._record(outcome.step)
+
+    def _add_loss(self, outcome: Outcome) -> None:
+        state, loss, step = self.state, outcome.loss, outcome.step
         state.loss_sum += loss
         state.loss_count += 1
         state.epoch_sum += loss
@@ -239,13 +234,13 @@ class Trainer:
         usual = self.watch.spike(loss)
         if usual is not None and self.world.is_main:
             self.progress.say(
-                f"loss spike at step {state.step:,}: {loss:.3f} where {usual:.3f} was usual"
+                f"loss spike at step {step:,}: {loss:.3f} where {usual:.3f} was usual"
             )
-            self.metrics.append(self._stamp() | {"spike": loss, "usual_loss": usual})
+            self.metrics.append(self._stamp(step) | {"spike": loss, "usual_loss": usual})
 
     def _not_finite(self, outcome: Outcome) -> None:
         """Stops, or lets the run go on without the step that failed, as configured."""
-        step = self.state.step + 1
+        step = outcome.step
         what = (
             f"the loss or its gradient is not finite at step {step:,} "
             f"(loss {outcome.loss}, gradient norm {outcome.grad_norm})"
@@ -254,11 +249,13 @@ class Trainer:
         if self.config.on_nan == "skip" and bearable:
             if self.world.is_main:
                 self.progress.say(f"{what}: this step is skipped")
-                self.metrics.append(self._stamp() | {"step": step, "skipped": what})
+                self.metrics.append(self._stamp(step) | {"skipped": what})
             return
         if not bearable:
             what += f", after {self.watch.skipped - 1} skipped in a row"
-        # This step changed nothing: what the weights have learned is still good.
+        # This step changed nothing, nor did any issued since: what the weights have learned is
+        # still good.
+        self.state.step, self.state.tokens = step - 1, self._tokens(step - 1)
         self.save_checkpoint()
         self.world.wait()
         if not self.world.is_main:  # all come here, one tells
@@ -274,50 +271,53 @@ class Trainer:
     # --- what happens between steps --------------------------------------------------------------
 
     def _after_step(self, share_before: float) -> None:
-        config, state = self.config, self.state
-        ended = self.share >= 1.0
-        if state.step % config.log_every == 0 or ended:
-            self._record()
-        per_epoch = self.sampler.steps_per_epoch
-        if state.step // per_epoch > (state.step - 1) // per_epoch:
+        state, per_epoch = self.state, self.sampler.steps_per_epoch
+        ended, moment = self.share >= 1.0, (state.step, share_before, self.share)
+        epoch_ended = state.step // per_epoch > (state.step - 1) // per_epoch
+        evaluation = self.milestones.evaluation_due(*moment)
+        sample = self.milestones.sample_due(*moment)
+        if ended or epoch_ended or evaluation or sample:
+            self._settle()
+        if ended:
+            self._record(state.step)
+        if epoch_ended:
             self._end_epoch()
-        if ended or self._due(config.eval_every, share_before, EVALUATIONS):
+        if evaluation:
             with self.eta.interruption("evaluation"):
                 self._evaluate()
-        if ended or self._due(config.sample_every, share_before, SAMPLES):
+        if sample:
             with self.eta.interruption("sample"):
                 self._sample()
-        if time.monotonic() - self._last_checkpoint > config.checkpoint_seconds:
+        if time.monotonic() - self._last_checkpoint > self.config.checkpoint_seconds:
+            self._settle()
             self.save_checkpoint()
         self._show()
 
-    def _due(self, every: int | None, share_before: float, times: int) -> bool:
-        """Every so many steps, or so many times a run."""
-        if every is not None:
-            return self.state.step % every == 0
-        return math.floor(self.share * times) > math.floor(share_before * times)
-
-    def _record(self) -> None:
+    def _record(self, step: int) -> None:
         state = self.state
         if not state.loss_count:  # every step was skipped
             return
         mean = state.loss_sum / state.loss_count
         self._last["loss"] = mean
-        self.metrics.append(self._stamp() | self._last)
+        self.metrics.append(self._stamp(step) | self._last)
         if self.config.preset == "notebook":  # which showed its progress so
-            epoch, batch = divmod(state.step - 1, math.ceil(self.sampler.steps_per_epoch))
+            epoch, batch = divmod(step - 1, math.ceil(self.sampler.steps_per_epoch))
             self.progress.say(f"epoch {epoch + 1}, batch {batch + 1:,}, loss {mean:.4f}")
         state.loss_sum, state.loss_count = 0.0, 0
 
-    def _stamp(self) -> dict[str, Any]:
-        state = self.state
-        rate = state.tokens / state.elapsed if state.elapsed else 0.0
+    def _stamp(self, step: int | None = None) -> dict[str, Any]:
+        """When a record was made: after ``step``, the newest if None."""
+        state, step = self.state, self.state.step if step is None else step
+        tokens = self._tokens(step)
         return {
-            "step": state.step,
-            "tokens": state.tokens,
+            "step": step,
+            "tokens": tokens,
             "elapsed": round(state.elapsed, 3),
-            "tokens_per_second": round(rate, 1),
+            "tokens_per_second": round(tokens / state.elapsed if state.elapsed else 0.0, 1),
         }
+
+    def _tokens(self, step: int) -> int:
+        return step * self.config.batch_size * self.config.seq_len
 
     def _end_epoch(self) -> None:
         state = self.state
@@ -341,76 +341,33 @@ class Trainer:
 
     def seconds_left(self) -> float | None:
         """Until the run is evaluated on the whole validation split; None while unknown."""
-        config, share, eta = self.config, self.share, self.eta
-        steps = eta.steps(share)
-        evaluations = self._times_left(config.eval_every, EVALUATIONS)
-        samples = self._times_left(config.sample_every, SAMPLES)
-        if config.minutes is not None:  # which the clock ends, whatever fills them
-            steps = max(0.0, config.minutes * 60 - self.state.elapsed)
-            evaluations = samples = 1 if share < 1.0 else 0
-        if steps is None:
-            return None
-        valid = len(self.dataset.valid)
-        last = eta.cost("first evaluation", "evaluation") * valid / min(config.eval_tokens, valid)
-        between = evaluations * eta.cost("evaluation", "first evaluation")
-        return steps + between + samples * eta.cost("sample") + last
-
-    def _times_left(self, every: int | None, times: int) -> int:
-        """How often something `_due` is still to come, the last time at the end of the run."""
-        if every is None or self.total_steps is None or self.share >= 1.0:
-            return times - math.floor(self.share * times)
-        return math.ceil(self.total_steps / every) - self.state.step // every
-
-    @property
-    def _unk_id(self) -> int | None:
-        return self.dataset.tokenizer.unk_id
+        return self.milestones.seconds_left(self.state.step, self.share, self.state.elapsed)
 
     def _evaluate(self, precise: bool = False) -> None:
         """Loss on a fixed part of the validation split; keeps the weights if they are the best.
 
         Computed in the precision of training, or in fp32 if ``precise``.
         """
-        state = self.state
-        options: dict[str, Any] = {
-            "eos_id": self.dataset.tokenizer.eos_id,
-            "unk_id": self._unk_id,
-            "seq_len": self.config.seq_len,
-            "limit": self.config.eval_tokens,
-            "device": None if precise else self.device,
-        }
-        totals = evaluate(self.model, self.dataset.valid.ids, **options)
-        record = {"valid_loss": totals.loss, "valid_top1": totals.top1 / totals.tokens}
-        text = f"step {state.step:,}: validation loss {totals.loss:.4f}"
-        if not self.config.model.causal:
-            leaked = evaluate(self.model, self.dataset.valid.ids, prefix_only=False, **options)
-            record["valid_leaked_loss"] = leaked.loss
-            text += f" given the prefix only (leaked {leaked.loss:.4f})"
+        state, device = self.state, None if precise else self.device
+        record = validate(self.model, self.dataset, self.config, device)
+        loss, leaked = record["valid_loss"], record.get("valid_leaked_loss")
         self.metrics.append(self._stamp() | record)
-        self.progress.say(f"{text}, top-1 {record['valid_top1']:.1%}")
-        if totals.loss < state.best_loss:
-            state.best_loss, state.best_step = totals.loss, state.step
-            info = {"step": state.step, "valid_loss": totals.loss}
+        beside = "" if leaked is None else f" given the prefix only (leaked {leaked:.4f})"
+        self.progress.say(
+            f"step {state.step:,}: validation loss {loss:.4f}{beside}, "
+            f"top-1 {record['valid_top1']:.1%}"
+        )
+        if loss < state.best_loss:
+            state.best_loss, state.best_step = loss, state.step
+            info = {"step": state.step, "valid_loss": loss}
             save_tensors(self.folder / "model.safetensors", self.model.state_dict(), info)
 
     def _sample(self) -> None:
-        lm = LanguageModel(self.model.eval(), self.dataset.tokenizer, self.config)
-        texts = []
-        for prompt in self._prompts():
-            sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=self.config.seed)
-            texts.append(lm.continue_ids(prompt, sampling))
-        self.model.train()
+        texts = draw_samples(self.model, self.dataset, self.config)
         self.metrics.append(self._stamp() | {"samples": texts})
         write_samples(self.metrics, self.folder / "samples.txt")
         first = " ".join(texts[0].split())
         self.progress.say(f"sample: {first}")
-
-    def _prompts(self) -> Iterator[list[int]]:
-        """How some validation documents begin: text the model has not seen, in its own domain."""
-        valid = self.dataset.valid
-        for i in range(min(SAMPLE_PROMPTS, valid.documents)):
-            ids = valid.document(i)[:6].tolist()
-            ids = [t for t in ids if t != self.dataset.tokenizer.eos_id]
-            yield ids or [self.dataset.tokenizer.eos_id]
 
     def save_checkpoint(self) -> None:
         """Writes everything the run needs to go on; only rank 0 does.

@@ -28,3 +28,7 @@ class Watch:
         self.skipped = self.skipped + 1 if step == self.last_skipped + 1 else 1
         self.last_skipped = step
         return self.skipped <= MOST_SKIPPED
+
+    def skipped_until(self, step: int) -> int:
+        """How many steps in a row were skipped, the last of them ``step``."""
+        return self.skipped if self.last_skipped == step else 0

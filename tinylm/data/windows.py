@@ -87,7 +87,14 @@ class WindowSampler:
         """First tokens of the windows of one batch (int64, B), or of one of its equal shares."""
         size = self.batch_size // shares
         first = step * self.batch_size + share * size
-        sample = np.arange(first, first + size, dtype=np.int64)
+        return self._starts(np.arange(first, first + size, dtype=np.int64))
+
+    def starts_of_steps(self, step: int, count: int) -> np.ndarray:
+        """First tokens of the windows of ``count`` batches from ``step`` on (int64, count × B)."""
+        first, end = (n * self.batch_size for n in (step, step + count))
+        return self._starts(np.arange(first, end, dtype=np.int64)).reshape(count, -1)
+
+    def _starts(self, sample: np.ndarray) -> np.ndarray:
         epoch, index = np.divmod(sample, self.windows)
         starts = np.empty_like(sample)
         for e in np.unique(epoch):
@@ -102,6 +109,9 @@ class WindowSampler:
 
         Where several processes divide the batch, each takes a share, (B / shares, T).
         """
-        window = np.arange(self.seq_len + 1)
-        ids = self.tokens[self.starts(step, share, shares)[:, None] + window].astype(np.int64)
+        ids = self.cut(self.starts(step, share, shares)).astype(np.int64)
         return ids[:, :-1], ids[:, 1:]
+
+    def cut(self, starts: np.ndarray) -> np.ndarray:
+        """The windows that begin at ``starts`` (…), with the token after each: (…, T + 1)."""
+        return self.tokens[starts[..., None] + np.arange(self.seq_len + 1)]

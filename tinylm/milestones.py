@@ -1,0 +1,110 @@
+"""What comes between the steps of a run, evaluations and samples: when, how, and for how long."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from tinylm.config import TrainConfig
+from tinylm.data import Dataset
+from tinylm.device import Device
+from tinylm.eta import Eta
+from tinylm.evaluate import evaluate
+from tinylm.generate import Sampling
+from tinylm.lm import LanguageModel
+from tinylm.model import Transformer
+
+EVALUATIONS = 20  # in a run, unless eval_every says otherwise
+SAMPLES = 4  # in a run, unless sample_every says otherwise
+SAMPLE_TOKENS = 40
+SAMPLE_PROMPTS = 3
+
+
+class Milestones:
+    """When a run is evaluated and sampled, and how long all of it still takes.
+
+    Args:
+        total_steps: None when the run is limited by time.
+        valid_tokens: in the whole validation split, which the run ends with.
+    """
+
+    def __init__(
+        self, config: TrainConfig, total_steps: int | None, valid_tokens: int, eta: Eta
+    ) -> None:
+        self._config, self._total_steps, self._eta = config, total_steps, eta
+        self._valid_tokens = valid_tokens
+
+    def evaluation_due(self, step: int, share_before: float, share: float) -> bool:
+        """After ``step``, which took the run from one share (0 … 1) to the next."""
+        return self._due(self._config.eval_every, EVALUATIONS, step, share_before, share)
+
+    def sample_due(self, step: int, share_before: float, share: float) -> bool:
+        """As `evaluation_due`."""
+        return self._due(self._config.sample_every, SAMPLES, step, share_before, share)
+
+    @staticmethod
+    def _due(every: int | None, times: int, step: int, share_before: float, share: float) -> bool:
+        """Every so many steps, or so many times a run."""
+        if share >= 1.0:
+            return True
+        if every is not None:
+            return step % every == 0
+        return math.floor(share * times) > math.floor(share_before * times)
+
+    def seconds_left(self, step: int, share: float, elapsed: float) -> float | None:
+        """Until the run is evaluated on the whole validation split; None while unknown."""
+        config, eta = self._config, self._eta
+        steps = eta.steps(share)
+        evaluations = self._times_left(config.eval_every, EVALUATIONS, step, share)
+        samples = self._times_left(config.sample_every, SAMPLES, step, share)
+        if config.minutes is not None:  # which the clock ends, whatever fills them
+            steps = max(0.0, config.minutes * 60 - elapsed)
+            evaluations = samples = 1 if share < 1.0 else 0
+        if steps is None:
+            return None
+        shortened = min(config.eval_tokens, self._valid_tokens)
+        last = eta.cost("first evaluation", "evaluation") * self._valid_tokens / shortened
+        between = evaluations * eta.cost("evaluation", "first evaluation")
+        return steps + between + samples * eta.cost("sample") + last
+
+    def _times_left(self, every: int | None, times: int, step: int, share: float) -> int:
+        """How often something is still to come, the last time at the end of the run."""
+        if every is None or self._total_steps is None or share >= 1.0:
+            return times - math.floor(share * times)
+        return math.ceil(self._total_steps / every) - step // every
+
+
+def validate(
+    model: Transformer, dataset: Dataset, config: TrainConfig, device: Device | None
+) -> dict[str, float]:
+    """Loss and top-1 on a fixed part of the validation split; of a model that looks ahead, the
+    leaked loss too. In the precision of ``device``, or in fp32 if None."""
+    options: dict[str, Any] = {
+        "eos_id": dataset.tokenizer.eos_id,
+        "unk_id": dataset.tokenizer.unk_id,
+        "seq_len": config.seq_len,
+        "limit": config.eval_tokens,
+        "device": device,
+    }
+    totals = evaluate(model, dataset.valid.ids, **options)
+    record = {"valid_loss": totals.loss, "valid_top1": totals.top1 / totals.tokens}
+    if not config.model.causal:
+        leaked = evaluate(model, dataset.valid.ids, prefix_only=False, **options)
+        record["valid_leaked_loss"] = leaked.loss
+    return record
+
+
+def draw_samples(model: Transformer, dataset: Dataset, config: TrainConfig) -> list[str]:
+    """Texts that go on from the beginnings of a few validation documents."""
+    lm = LanguageModel(model.eval(), dataset.tokenizer, config)
+    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=config.seed)
+    texts = [lm.continue_ids(prompt, sampling) for prompt in _prompts(dataset)]
+    model.train()
+    return texts
+
+
+def _prompts(dataset: Dataset) -> Iterator[list[int]]:
+    """How some validation documents begin: text the model has not seen, in its own domain."""
+    valid, eos_id = dataset.valid, dataset.tokenizer.eos_id
+    for i in range(min(SAMPLE_PROMPTS, valid.documents)):
+        ids = [t for t in valid.document(i)[:6].tolist() if t != eos_id]
+        yield ids or [eos_id]
