@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation, torch_instead, wide
+from tinylm.kernels.dispatch import at_most, dtype_name, implementation, torch_instead, wide
 
 
 @overload
@@ -33,7 +33,7 @@ def layer_norm(
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
     Statistics are fp32; the result has the dtype of ``x``.
     """
-    name = implementation("layer_norm", x.device.type, backend)
+    name = implementation("layer_norm", x.device, backend, call_kind(x, weight))
     if name == "triton":
         from tinylm.kernels.triton import norm as kernels
 
@@ -90,7 +90,7 @@ def rms_norm(
     Statistics are fp32; the result has the dtype of ``x``. The weight may have more of the last
     dimensions of ``x``, such as (H, D) for heads that are scaled apart.
     """
-    name = implementation("rms_norm", x.device.type, backend)
+    name = implementation("rms_norm", x.device, backend, call_kind(x, weight))
     total = x if residual is None else x + residual
     if name == "triton" and weight.dim() > 1:
         whole = rms_norm(total, torch.ones_like(weight[0]), eps=eps, backend=name)
@@ -111,6 +111,12 @@ def rms_norm(
     else:
         out = _RMSNorm.apply(total, weight, eps)  # type: ignore[no-untyped-call]
     return out if residual is None else (out, total)
+
+
+def call_kind(x: Tensor, weight: Tensor) -> str:
+    """What the time of a norm hangs on, for `tinylm.kernels.dispatch.select`."""
+    width = "heads" if weight.dim() > 1 else at_most("C", x.shape[-1], 256, 4096)
+    return f"{dtype_name(x.dtype)}, {width}"
 
 
 class _RMSNorm(torch.autograd.Function):
