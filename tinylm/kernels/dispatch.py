@@ -209,4 +209,5 @@ def wide(x: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with ``x``: autocast's if it is on, else its own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
