@@ -43,10 +43,10 @@ def test_train_options() -> None:
         "-h --help --preset --resume --fresh --quiet --data --valid --text-field --errors "
         "--tokenizer --vocab-size --valid-fraction --d-model --n-layers --n-heads --n-kv-heads "
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
-        "--micro-batch-size --embedding-init --optimizer --lr --muon-lr --beta1 --beta2 --weight- "
-        "decay --schedule --warmup --decay --clip --device --precision --seed --deterministic "
-        "--no-deterministic --on-nan --log-every --eval-every --eval-tokens --logger --sample- "
-        "every --checkpoint-seconds --keep-checkpoints"
+        "--micro-batch-size --embedding-init --optimizer --lr --muon-lr --beta1 --beta2 "
+        "--weight-decay --schedule --warmup --decay --clip --device --precision --seed "
+        "--deterministic --no-deterministic --on-nan --log-every --eval-every --eval-tokens "
+        "--logger --sample-every --checkpoint-seconds --keep-checkpoints"
     )
     assert options == set(expected.split())
 
@@ -264,7 +264,7 @@ def test_doctor_fails_when_a_kernel_is_wrong(capsys: Any, monkeypatch: pytest.Mo
     assert run("doctor", "--kernels", "--device", "cpu") == 1
     wrong = [line for line in capsys.readouterr().out.split("\n") if "WRONG" in line]
     assert wrong
-    assert all("sdpa" in line and "float32" in line for line in wrong)
+    assert all("sdpa" in line and " fp32 " in line for line in wrong)
 
 
 # --- bad input -----------------------------------------------------------------------------------

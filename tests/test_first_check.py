@@ -19,13 +19,8 @@ from hypothesis import strategies as st
 
 from tinylm import kernels
 from tinylm.cli import main
-from tinylm.config import TrainConfig
-from tinylm.generate import Context
-from tinylm.kernels import check, dispatch, first_check, table
+from tinylm.kernels import dispatch, first_check, table
 from tinylm.kernels.table import Result, Table, decide
-from tinylm.lm import load
-from tinylm.model import Transformer
-from tinylm.run import resume_config, train
 
 GPU = torch.device("cuda", 0)
 ENVIRONMENT = {
@@ -117,7 +112,7 @@ def test_any_results_choose_only_kernels_that_were_right_and_fastest(found: list
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+def gpu(_own_cache: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """As if this machine had a T4 and Triton; what a test changes in the result changes the GPU."""
     here = dict(ENVIRONMENT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -271,18 +266,6 @@ def test_ctrl_c_ends_the_process_too() -> None:
     with pytest.raises(KeyboardInterrupt):
         running_check.throw(KeyboardInterrupt)
     assert process.returncode == -9
-
-
-def test_the_check_itself_as_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On the CPU, where torch's implementations are all there is to compare."""
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)  # it finds the same tinylm from anywhere
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    found = list(first_check.run(first_check.command(torch.device("cpu"), False, 60), 120))
-    assert all(r.ok for r in found), [str(r) for r in found if not r.ok]
-    assert {r.operator for r in found} == set(dispatch.IMPLEMENTATIONS)
-    compared = {dispatch.torch_choice(name, "cpu")[0] for name in dispatch.IMPLEMENTATIONS}
-    assert {r.implementation for r in found} == compared
 
 
 # --- when it is started --------------------------------------------------------------------------
@@ -444,56 +427,3 @@ def test_doctor_refreshes_the_table(
     found = table.remembered(GPU)
     assert found is not None
     assert found.failure is not None
-
-
-def test_train_and_load_ask_for_it(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    asked = []
-    monkeypatch.setattr(kernels, "prepare", lambda device, *say: asked.append((device, len(say))))
-    load(trained, device="cpu")
-    assert asked == [(torch.device("cpu"), 0)]
-    train(resume_config(trained), quiet=True)  # it is finished already
-    assert asked[1:] == [(torch.device("cpu"), 1), (torch.device("cpu"), 0)]
-
-
-# --- the kinds of calls --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", ["modern", "causal", "notebook"])
-def test_the_check_measures_the_calls_that_the_presets_make(
-    preset: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Training with autocast, and generation in fp32, on a CPU that stands for a GPU."""
-    monkeypatch.undo()
-    measured = set()
-    for case in check.cases("cuda", interpreting=False):
-        for dtype in [torch.bfloat16] + [torch.float32] * case.fp32:
-            inputs = [torch.empty(s, dtype=dtype, device="meta") for s in case.shapes]
-            if case.kind is not None:
-                measured.add((case.operator, case.kind(*inputs)))
-    called = set()
-    original = dispatch.select
-
-    def note(operator: str, device: str, kind: str = "") -> Any:
-        called.add((operator, kind))
-        return original(operator, device, kind)
-
-    monkeypatch.setattr(dispatch, "select", note)
-    config = TrainConfig.from_preset(preset)
-    model = Transformer(config.model)
-    ids = torch.zeros(1300 // config.seq_len, config.seq_len, dtype=torch.long)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model.loss(ids, ids)
-        if config.model.causal:
-            model.loss(ids, ids, start_BT=kernels.document_starts(ids, 0))
-    assert called
-    assert called <= measured
-    if config.model.causal:
-        context = Context(model, [[1] * 9], use_cache=True)
-        with torch.no_grad():
-            context.next_logits()  # of the prompt
-            context.sequences[0].append(1)
-            called.clear()
-            context.next_logits()
-        assert called
-        assert called <= measured

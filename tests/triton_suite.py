@@ -627,7 +627,7 @@ def test_doctor_checks_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.use_deterministic_algorithms(False)
     results = list(check.check(torch.device(DEVICE)))
     assert all(result.ok for result in results), [str(r) for r in results if not r.ok]
-    ran = {r.case.operator for r in results if r.implementation == "triton" and not r.refusal}
+    ran = {r.operator for r in results if r.implementation == "triton" and not r.refusal}
     assert ran == {n for n, names in dispatch.IMPLEMENTATIONS.items() if "triton" in names}
 
 
