@@ -185,8 +185,8 @@ def _attention(
             return None
         return torch.arange(T, device=device).div(T // 3 + 1, rounding_mode="floor").mul(T // 3 + 1)
 
-    def call(backend: str, *qkv: Tensor) -> Tensor:
-        return kernels.causal_attention(*qkv, start_BT=start_BT(qkv[0].device), backend=backend)
+    def call(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.causal_attention(q, k, v, start_BT=start_BT(q.device), backend=backend)
 
     def kind(q: Tensor, k: Tensor, v: Tensor) -> str:
         return attention_kind(q, k, start_BT(q.device))

@@ -39,11 +39,11 @@ def linear_cross_entropy(
     h_NC: Tensor,
     weight_VC: Tensor,
     targets_N: Tensor,
-    bias_V: Tensor | None = None,
-    *,
     ignore_index: int = -100,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    *,
+    bias_V: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:

@@ -11,21 +11,26 @@ from tinylm.kernels.dispatch import at_most, dtype_name, implementation, torch_i
 
 @overload
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: None = None,
-    eps: float = 1e-5, backend: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: None = None,
+    eps: float = 1e-5, *, backend: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor,
     eps: float = 1e-5, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
+    eps: float = 1e-5, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    *,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension.
@@ -68,20 +73,20 @@ def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, residual: None = None, eps: float = 1e-6,
-    backend: str | None = None,
+    x: Tensor, weight: Tensor, residual: None = None, eps: float = 1e-6,
+    *, backend: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, residual: Tensor, eps: float = 1e-6,
-    backend: str | None = None,
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float = 1e-6,
+    *, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
     weight: Tensor,
-    *,
     residual: Tensor | None = None,
     eps: float = 1e-6,
+    *,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
