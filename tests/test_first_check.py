@@ -192,6 +192,19 @@ def test_doctor_shows_the_choice_of_each_kind(monkeypatch: pytest.MonkeyPatch) -
     assert [s.implementation for s in dispatch.selections("cuda:0")][1] == "torch"
 
 
+def test_other_choices_have_another_fingerprint() -> None:
+    """By which a deterministic run sees that it would go on with other kernels."""
+    before = kernels.fingerprint("cuda:0")
+    table.remember(GPU, Table(ENVIRONMENT, [TRITON, TORCH]))
+    forget()
+    chosen = kernels.fingerprint("cuda:0")
+    faster = dataclasses.replace(TORCH, milliseconds=0.2)
+    table.remember(GPU, Table(ENVIRONMENT, [TRITON, faster]))
+    forget()
+    assert before != chosen == kernels.fingerprint("cuda:0")
+    assert kernels.fingerprint("cpu") != chosen
+
+
 # --- the process ---------------------------------------------------------------------------------
 
 

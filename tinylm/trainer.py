@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from tinylm import kernels
 from tinylm.checkpoint import Checkpoint, CheckpointFolder, load_tensors, save_tensors
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
@@ -146,6 +147,7 @@ class Trainer:
         return conditions(self.device) | {
             "processes": self.world.size,
             "micro_batch_size": self.step.micro_batch_size,
+            "kernels": kernels.fingerprint(self.device.name),
         }
 
     def _check_conditions(self, there: dict[str, Any]) -> None:

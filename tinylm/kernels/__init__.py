@@ -10,7 +10,7 @@ argument override it.
 """
 
 from tinylm.kernels.attention import causal_attention, document_starts
-from tinylm.kernels.dispatch import Selection, selections
+from tinylm.kernels.dispatch import Selection, fingerprint, selections
 from tinylm.kernels.first_check import prepare
 from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
 from tinylm.kernels.norm import layer_norm, rms_norm
@@ -21,6 +21,7 @@ __all__ = [
     "apply_rotary",
     "causal_attention",
     "document_starts",
+    "fingerprint",
     "layer_norm",
     "linear_cross_entropy",
     "prepare",
