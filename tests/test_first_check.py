@@ -359,11 +359,13 @@ def test_a_check_that_takes_too_long_counts_as_far_as_it_came(started: Any) -> N
     assert missing.reason in said[1]
 
 
+@pytest.mark.parametrize("cache", ["a file", "~nobody-of-this-name/cache"])
 def test_a_cache_that_cannot_be_written_only_costs_the_next_run_time(
-    started: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cache: str, started: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TINYLM_CACHE", str(tmp_path / "file"))
+    (tmp_path / "a file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYLM_CACHE", cache)
     said = started(program("", TRITON, TORCH))
     kernels.prepare(GPU, said.append)
     kernels.prepare(GPU, said.append)

@@ -77,7 +77,7 @@ def measure(
     found = Table(table.environment(device), results, failure, unfinished)
     try:
         table.remember(device, found)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
         say(f"what the check found is not remembered: {error}")
     dispatch.forget()
     return found

@@ -167,7 +167,7 @@ def remember(device: torch.device, table: Table) -> None:
     """Keeps ``table`` for this process, and in the cache folder.
 
     Raises:
-        InputError, OSError: the folder cannot be written.
+        InputError, OSError, RuntimeError: the folder cannot be written, or there is none.
     """
     _known[numbered(device)] = table
     values = asdict(table)
@@ -191,10 +191,11 @@ def _read(device: torch.device) -> Table | None:
     if not torch.cuda.is_available():
         return None
     # A file that is damaged, or of another version, is as good as none: the check makes it anew.
+    # RuntimeError: there is no home folder to look in.
     try:
         values = json.loads(path(device).read_text("utf-8"))
         results = tuple(Result(**result) for result in values.pop("results"))
         table = Table(results=results, **values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return table if table.environment == environment(device) else None
