@@ -12,6 +12,7 @@ import torch
 
 from tinylm import kernels
 from tinylm.config import TrainConfig
+from tinylm.device import choose_device
 from tinylm.generate import Context
 from tinylm.kernels import check, dispatch, first_check, table
 from tinylm.lm import load
@@ -155,17 +156,18 @@ class TestOnAGPU:
 
     def test_what_is_chosen_is_right(self, monkeypatch: Any) -> None:
         monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-        kernels.prepare(torch.device("cuda"), lambda line: None)
-        device = torch.device("cuda")
+        chosen = choose_device("cuda")
+        device, dtype = chosen.torch_device, chosen.dtype
+        kernels.prepare(device, lambda line: None)
         for case in check.cases("cuda", interpreting=False):
-            inputs = [check.randn(s, i).to(device).half() for i, s in enumerate(case.shapes)]
+            inputs = [check.randn(s, i).to(device, dtype) for i, s in enumerate(case.shapes)]
             wide = [x.double() for x in inputs]
             reference = dispatch.IMPLEMENTATIONS[case.operator][-1]
             dout = check.randn(case.run(reference, *wide).shape, 9).to(device)
             expected = check.outputs(case, reference, wide, dout)
             actual = check.outputs(case, None, inputs, dout)  # as it is chosen
             for a, e in zip(actual, expected, strict=True):
-                assert check.relative_error(a, e) <= check.TOLERANCE[torch.float16], case.name
+                assert check.relative_error(a, e) <= check.TOLERANCE[dtype], case.name
 
     def test_a_lost_device_hurts_only_the_process_that_checks(self, monkeypatch: Any) -> None:
         x = torch.ones(9, device="cuda")
