@@ -61,8 +61,8 @@ def compiled(arch: int, dtype: str, cache: Path, *options: str) -> list[dict[str
 def test_kernels_keep_to_their_budgets(arch: int, dtype: str, tmp_path: Path) -> None:
     kernels = compiled(arch, dtype, tmp_path)
     found = [kernel["kernel"] for kernel in kernels]
-    # The assembler of Triton 3.6 spills 16 bytes of one kernel on 9.0, none of the later ones does.
-    spilled = 16 if arch == 90 and version("triton").startswith("3.6.") else 0
+    # The assembler of Triton 3.6 spills 16 bytes of one kernel on 9.0, that of 3.8 8 bytes on 8.9.
+    spilled = {(90, "3.6"): 16, (89, "3.8"): 8}.get((arch, version("triton")[:3]), 0)
     in_fp32 = dtype == "float32"
     assert {name: found.count(name) for name in found} == KERNELS | (IN_FP32 if in_fp32 else {})
     for kernel in kernels:
