@@ -112,6 +112,12 @@ def liger_function(name):
     return (lambda *inputs: function(*inputs, 1e-6)) if "norm" in name else function
 
 
+def liger_added_rms_norm(x, weight, residual):
+    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+    return liger_fused_add_rms_norm(x, residual, weight, 1e-6)
+
+
 def usable(operator):
     names = dispatch.IMPLEMENTATIONS[operator]
     return [n for n in names if n != "triton" or dispatch.triton_refusal(DEVICE.type) is None]
@@ -288,7 +294,9 @@ def test_norm(measure, batch, length, operator, residual, direction, side):
     best = "torch" if rms else "reference"
     function = side_of(norm_sides(getattr(kernels, operator), best, operator), side)
     if side == "liger" and residual:
-        pytest.skip("Liger's norms add no residual")
+        if not rms or not liger_function("fused_add_rms_norm"):
+            pytest.skip("Liger's layer norm adds no residual")
+        function = liger_added_rms_norm
     x, other = randn(batch * length, WIDTH), randn(batch * length, WIDTH, seed=1)
     # In fp32, as the model's; Liger takes them in the dtype of what they normalise.
     parameters = [randn(WIDTH, seed=2 + i) for i in range(1 if rms else 2)]

@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tinylm.config import TrainConfig
 from tinylm.device import choose_device
-from tinylm.kernels import dispatch
+from tinylm.kernels import dispatch, prepare
 from tinylm.model import Transformer
 from tinylm.progress import TrainingProgress
 from tinylm.trainer import Trainer
@@ -275,6 +275,7 @@ HEADS = ["tokens/s", *COLUMNS, "over eager", "over compiled", *["of peak"] * 2, 
 def main():
     arguments = parse()
     device = choose_device(arguments.device, arguments.precision)
+    prepare(device.torch_device)
     clock = Clock(device.type, arguments.cpu_time)
     about = {
         "device": str(device),

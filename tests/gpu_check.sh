@@ -23,7 +23,7 @@ nvidia-smi || exit 1
 step doctor "$PYTHON" -m tinylm doctor
 step doctor-kernels "$PYTHON" -m tinylm doctor --kernels
 step doctor-kernels-sm75 env TRITON_OVERRIDE_ARCH=sm75 "$PYTHON" -m tinylm doctor --kernels
-step tests "$PYTHON" -m pytest -m gpu -v tests/test_gpu.py tests/test_triton_kernels.py
+step tests "$PYTHON" -m pytest -m gpu -v tests
 
 if command -v compute-sanitizer > /dev/null; then
   # torch's allocator hands out parts of large blocks, in which reading too far would not show.

@@ -111,8 +111,9 @@ def parse(statement: str) -> Instruction:
             operands.append((inside[1], int(inside[2] or 0)))
         else:
             operands.append(operand.split("|")[0])
+    opcode = match[3].replace("::cta", "")  # of shared memory, which is what is meant without it
     return Instruction(
-        match[2], match[1] == "!", tuple(match[3].split(".")), tuple(operands), statement
+        match[2], match[1] == "!", tuple(opcode.split(".")), tuple(operands), statement
     )
 
 

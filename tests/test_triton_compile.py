@@ -34,6 +34,9 @@ KERNELS = {
     "tinylm_norm_forward": 2, "tinylm_norm_backward": 2,
     "tinylm_linear_cross_entropy_forward": 3, "tinylm_linear_cross_entropy_dweight": 3,
 }  # fmt: skip
+# In fp32 a head of 64 positions is not one program's, nor are there heads of 128; no products of
+# matrix instructions either.
+IN_FP32 = {"tinylm_attention_forward": 5, "tinylm_attention_backward": 1}
 WITHOUT_PRODUCTS = "tinylm_norm", "tinylm_attention_combine"
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -52,18 +55,20 @@ def compiled(arch: int, dtype: str, cache: Path, *options: str) -> list[dict[str
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "dtype"), [(75, "float16"), (80, "bfloat16"), (89, "bfloat16"), (90, "bfloat16")]
+    ("arch", "dtype"),
+    [(75, "float16"), (80, "bfloat16"), (80, "float32"), (89, "bfloat16"), (90, "bfloat16")],
 )
 def test_kernels_keep_to_their_budgets(arch: int, dtype: str, tmp_path: Path) -> None:
     kernels = compiled(arch, dtype, tmp_path)
     found = [kernel["kernel"] for kernel in kernels]
-    # The assembler of Triton 3.6 spills 16 bytes of one kernel on 9.0, none of the later ones does.
-    spilled = 16 if arch == 90 and version("triton").startswith("3.6.") else 0
-    assert {name: found.count(name) for name in found} == KERNELS
+    # The assembler of Triton 3.6 spills 16 bytes of one kernel on 9.0, that of 3.8 8 bytes on 8.9.
+    spilled = {(90, "3.6"): 16, (89, "3.8"): 8}.get((arch, version("triton")[:3]), 0)
+    in_fp32 = dtype == "float32"
+    assert {name: found.count(name) for name in found} == KERNELS | (IN_FP32 if in_fp32 else {})
     for kernel in kernels:
         assert kernel["stack"] <= spilled, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], kernel
-        if kernel["kernel"].startswith(WITHOUT_PRODUCTS):
+        if in_fp32 or kernel["kernel"].startswith(WITHOUT_PRODUCTS):
             assert kernel["mma"] == [], kernel
         else:
             assert kernel["mma"], kernel

@@ -72,7 +72,7 @@ def cross_entropy(N: int, V: int, C: int, softcap: float | None) -> Any:
     def call(backend: str, *inputs: Tensor) -> Tensor:
         h, weight, bias = inputs
         loss = kernels.linear_cross_entropy(
-            h, weight, targets, bias, softcap=softcap, z_loss=1e-2, backend=backend
+            h, weight, targets, bias_V=bias, softcap=softcap, z_loss=1e-2, backend=backend
         )
         return loss * 1000  # as by a loss scale
 

@@ -2,11 +2,11 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 
 from tinylm import __version__
-from tinylm.device import choose_device, cpu_flags
+from tinylm.device import Device, choose_device, cpu_flags
 from tinylm.device_step import about_steps
 from tinylm.kernels import selections
 from tinylm.tokenizer import implementation
@@ -36,8 +36,7 @@ def lines(device: str = "auto") -> Iterator[str]:
     name, why = implementation()
     yield f"tokenizer     {name}: {why}"
     yield f"{'training step':21} {about_steps(chosen)}"
-    for selection in selections(chosen.type):
-        yield f"{selection.operator:21} {selection.implementation}: {selection.reason}"
+    yield from _selection_lines(chosen)
     advice = list(_advice(name, chosen.type))
     if advice:
         yield ""
@@ -45,14 +44,39 @@ def lines(device: str = "auto") -> Iterator[str]:
         yield f"advice        {line}"
 
 
-def kernel_lines(device: str = "auto") -> Iterator[tuple[str, bool]]:
-    """Of ``tinylm doctor --kernels``: a line for each check, and whether it went well."""
-    from tinylm.kernels.check import check
+def _selection_lines(device: Device) -> Iterator[str]:
+    for chosen in selections(device.name):
+        kind = f" ({chosen.kind})" if chosen.kind else ""
+        yield f"{chosen.operator:21} {chosen.implementation}{kind}: {chosen.reason}"
+
+
+def check_kernels(device: str, say: Callable[[str], object]) -> bool:
+    """``tinylm doctor --kernels``: a line for each check, then what runs; whether all went well.
+
+    On a GPU it remembers what it finds, and `auto` goes by that from then on.
+    """
+    from tinylm.kernels import check, dispatch, first_check
+    from tinylm.kernels.table import Result
 
     chosen = choose_device(device)
-    yield f"kernels on {chosen}: error against fp64, and time of forward and backward", True
-    for result in check(chosen.torch_device):
-        yield str(result), result.ok
+    results: list[Result] = []
+
+    def show(result: Result) -> None:
+        results.append(result)
+        say(str(result))
+
+    say(f"kernels on {chosen}: error against fp64, and time of forward and backward")
+    failure = None
+    if chosen.type == "cuda" and dispatch.triton_refusal("cuda") is None:
+        found = first_check.measure(chosen.torch_device, say, full=True, show=show)
+        failure = found.failure or found.unfinished
+        say(first_check.summary(found))
+    else:
+        for result in check.check(chosen.torch_device):
+            show(result)
+    for line in _selection_lines(chosen):
+        say(line)
+    return failure is None and all(result.ok for result in results)
 
 
 def _version(package: str) -> str:

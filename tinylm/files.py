@@ -15,6 +15,15 @@ from tinylm.errors import InputError
 CHUNK_BYTES = 1 << 24
 
 
+def default_cache_dir() -> Path:
+    """``$TINYLM_CACHE``, else ``$XDG_CACHE_HOME/tinylm``, else ``~/.cache/tinylm``."""
+    if own := os.environ.get("TINYLM_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "tinylm"
+    return Path.home() / ".cache" / "tinylm"
+
+
 @contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns a full or read-only disk into an `InputError` that names ``path``."""

@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import torch
 
+from tinylm import kernels
 from tinylm.checkpoint import load_tensors
 from tinylm.config import ModelConfig, TrainConfig, config_from_dict
 from tinylm.device import choose_device
@@ -167,6 +168,7 @@ def load(
             f"{folder}: the tokenizer has {vocabulary.vocab_size} entries, the model "
             f"{config.model.vocab_size}; they do not belong together"
         )
+    kernels.prepare(where.torch_device)
     return LanguageModel(
         model.to(where.torch_device).eval(), vocabulary, config, folder, tokenizer_path
     )

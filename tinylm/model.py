@@ -259,7 +259,11 @@ class Transformer(nn.Module):
         """
         h_NC = self.hidden(ids_BT, start_BT=start_BT).flatten(0, 1)
         return kernels.linear_cross_entropy(
-            h_NC, self.head_weight_VC, targets_BT.flatten(), self.head_bias_V, z_loss=z_loss
+            h_NC,
+            self.head_weight_VC,
+            targets_BT.flatten(),
+            z_loss=z_loss,
+            bias_V=self.head_bias_V,
         )
 
     def matrices(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinylm import __version__
+from tinylm import __version__, kernels
 from tinylm.config import TrainConfig, config_from_dict
 from tinylm.data import Dataset, prepare
 from tinylm.data.cache import LOCK_NAME, locked, remove_leftovers
@@ -75,6 +75,7 @@ def _begin(
     require_loggers(loggers)
     _check_folder(folder, requested, fresh)
     dataset = prepare(requested.data, progress=not progress.quiet)
+    kernels.prepare(device.torch_device, progress.say)
     vocab_size = dataset.tokenizer.vocab_size
     config = replace(requested, model=replace(requested.model, vocab_size=vocab_size))
     # Built before anything is written: what cannot work leaves no folder behind.

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from tinylm import kernels
 from tinylm.checkpoint import Checkpoint, CheckpointFolder, load_tensors, save_tensors
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
@@ -142,6 +143,7 @@ class Trainer:
         return conditions(self.device) | {
             "processes": self.world.size,
             "micro_batch_size": self.step.micro_batch_size,
+            "kernels": kernels.fingerprint(self.device.name),
         }
 
     def _check_best(self) -> None:

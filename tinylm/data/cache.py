@@ -1,4 +1,4 @@
-"""The cache folder: where it is, memoised hashes of source files, locks and leftovers."""
+"""The cache folder: memoised hashes of source files, locks and leftovers."""
 
 import json
 import os
@@ -16,15 +16,6 @@ from tinylm.files import CHUNK_BYTES, disk_errors, write_json
 LOCK_NAME = ".lock"
 # A file changed within this many seconds may change again without a new modification time.
 _SETTLED_SECONDS = 2.0
-
-
-def default_cache_dir() -> Path:
-    """``$TINYLM_CACHE``, else ``$XDG_CACHE_HOME/tinylm``, else ``~/.cache/tinylm``."""
-    if own := os.environ.get("TINYLM_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "tinylm"
-    return Path.home() / ".cache" / "tinylm"
 
 
 def file_state(path: Path) -> list[int]:

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from tinylm.data.cache import content_hash, default_cache_dir, locked
+from tinylm.data.cache import content_hash, locked
 from tinylm.data.config import DataConfig
 from tinylm.data.encode import Corpus, count_training, encode_corpus, unknown_words, word_costs
 from tinylm.data.folder import DataFolder
@@ -27,7 +27,7 @@ from tinylm.data.tokens import (
     token_dtype,
 )
 from tinylm.errors import InputError
-from tinylm.files import atomic_write
+from tinylm.files import atomic_write, default_cache_dir
 from tinylm.spelling import SpellingModel
 from tinylm.tokenizer import WordTokenizer, load_tokenizer
 

@@ -4,12 +4,14 @@ Shape suffixes, here and in `tinylm.model`: ``B`` batch, ``T`` time (queries), `
 ``H`` heads, ``D`` head dimension, ``C`` model width, ``F`` feed-forward width, ``V`` vocabulary,
 ``N = B * T``. So ``q_BHTD``, ``logits_NV``.
 
-Which implementation runs is decided once per device in `tinylm.kernels.dispatch`; the
-environment variable ``TINYLM_KERNELS`` and a ``backend=`` argument override it.
+Which implementation runs is decided once per process in `tinylm.kernels.dispatch`, on a GPU by
+what `prepare` has measured there; the environment variable ``TINYLM_KERNELS`` and a ``backend=``
+argument override it.
 """
 
 from tinylm.kernels.attention import causal_attention, document_starts
-from tinylm.kernels.dispatch import Selection, selections
+from tinylm.kernels.dispatch import Selection, fingerprint, selections
+from tinylm.kernels.first_check import prepare
 from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
 from tinylm.kernels.norm import layer_norm, rms_norm
 from tinylm.kernels.rotary import apply_rotary, rotary_tables
@@ -19,8 +21,10 @@ __all__ = [
     "apply_rotary",
     "causal_attention",
     "document_starts",
+    "fingerprint",
     "layer_norm",
     "linear_cross_entropy",
+    "prepare",
     "rms_norm",
     "rotary_tables",
     "selections",

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tinylm.errors import InputError
 from tinylm.kernels.dispatch import (
+    at_most,
     autocast_dtype,
+    dtype_name,
     implementation,
     statistics_dtype,
     torch_instead,
@@ -18,14 +20,16 @@ from tinylm.kernels.dispatch import (
 
 # A finite stand-in for minus infinity: a row that is masked everywhere stays free of NaN.
 MASKED = -1e30
+# Queries at once that count as decoding: more are the beginning of a text, or part of one.
+MOST_DECODED = 4
 
 
 def causal_attention(
     q_BHTD: Tensor,
     k_BHSD: Tensor,
     v_BHSD: Tensor,
-    *,
     scale: float | None = None,
+    *,
     causal: bool = True,
     start_BT: Tensor | None = None,
     backend: str | None = None,
@@ -53,8 +57,8 @@ def causal_attention(
     _check(q_BHTD, k_BHSD, v_BHSD)
     scale = 1.0 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
     start_BT = None if start_BT is None else _expanded(start_BT, q_BHTD)
-    device_type = q_BHTD.device.type
-    name = implementation("causal_attention", device_type, backend)
+    kind = call_kind(q_BHTD, k_BHSD, start_BT)
+    name = implementation("causal_attention", q_BHTD.device, backend, kind)
     if name == "triton":
         from tinylm.kernels.triton import attention as kernels
 
@@ -63,12 +67,22 @@ def causal_attention(
         refusal = kernels.refusal(*qkv)
         if refusal is None:
             return kernels.attention(*qkv, start_BT, scale, causal)
-        name = torch_instead("causal_attention", device_type, refusal)
+        name = torch_instead("causal_attention", q_BHTD.device.type, refusal)
     groups = q_BHTD.shape[1] // k_BHSD.shape[1]
     if groups > 1:
         k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BHSD, v_BHSD))
     run = {"sdpa": _sdpa, "blocked": _blocked, "matmul": _matmul}[name]
     return run(q_BHTD, k_BHSD, v_BHSD, scale, causal, start_BT)
+
+
+def call_kind(q_BHTD: Tensor, k_BHSD: Tensor, start_BT: Tensor | None) -> str:
+    """What the time of a call hangs on, for `tinylm.kernels.dispatch.select`."""
+    T, S = q_BHTD.shape[2], k_BHSD.shape[2]
+    decoding = T < S and T <= MOST_DECODED
+    place = "decoding" if decoding else at_most("T", S, 64, 512)
+    documents = ", documents" if start_BT is not None and not decoding else ""
+    width = at_most("D", q_BHTD.shape[3], 32, 64, 128)
+    return f"{dtype_name(autocast_dtype(q_BHTD))}, {place}, {width}{documents}"
 
 
 def document_starts(ids_BT: Tensor, end_id: int) -> Tensor:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
+from tinylm.kernels.table import Choice, remembered
 
 ENVIRONMENT_VARIABLE = "TINYLM_KERNELS"
 SETTINGS = {
-    "auto": "the fastest known",
+    "auto": "on a GPU what its own check found right and fastest, else the best of torch",
     "triton": "the Triton kernels wherever they can run",
     "torch": "the best of plain torch",
     "reference": "the plain references",
@@ -36,11 +38,12 @@ def decided_while_tracing(function: F) -> F:
 
 @dataclass(frozen=True)
 class Selection:
-    """What runs for one operator on one type of device."""
+    """What runs for one operator on one device, for all calls or for those of a kind."""
 
     operator: str
     implementation: str
     reason: str
+    kind: str = ""
 
 
 # (operator, device type) -> the torch implementation. "*" stands for every other device.
@@ -53,8 +56,9 @@ _TORCH: dict[tuple[str, str], tuple[str, str]] = {
     ("linear_cross_entropy", "*"): ("chunked", "never holds all logits; least memory traffic"),
     ("rotary", "*"): ("torch", "plain torch"),
 }
-# Why "auto" does not choose the Triton kernels yet, where they could run.
-_UNPROVEN = "no Triton kernel has run on a GPU yet, TINYLM_KERNELS=triton tries them"
+# Why "auto" does not choose a Triton kernel, where nothing was measured.
+_UNCHECKED = "the Triton kernels are not checked on this GPU yet, tinylm doctor --kernels does it"
+_OTHER_KIND = "the check on this GPU measured no such call"
 
 # Every implementation an operator has; the last is the plain reference.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -66,33 +70,59 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-@cache
-def select(operator: str, device_type: str) -> Selection:
-    """The implementation of ``operator`` for a device type, decided once per process.
-
-    ``TINYLM_KERNELS`` is one of `SETTINGS`, ``auto`` if unset; anything else raises `InputError`.
-    """
-    setting = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
-    if setting not in SETTINGS:
+def setting() -> str:
+    """``TINYLM_KERNELS``: one of `SETTINGS`, ``auto`` if unset; else raises `InputError`."""
+    value = os.environ.get(ENVIRONMENT_VARIABLE, "auto").strip().lower() or "auto"
+    if value not in SETTINGS:
         known = ", ".join(f"{name} ({meaning})" for name, meaning in SETTINGS.items())
-        raise InputError(f"{ENVIRONMENT_VARIABLE} is {setting!r}; choose one of {known}")
+        raise InputError(f"{ENVIRONMENT_VARIABLE} is {value!r}; choose one of {known}")
+    return value
+
+
+@cache
+def select(operator: str, device: str, kind: str = "") -> Selection:
+    """The implementation of ``operator`` on a device, decided once per process.
+
+    ``auto`` on a GPU decides by kind of call: what its time hangs on, in words, such as
+    ``fp16, T <= 64, D <= 32``. Each operator's ``call_kind`` says it, and the table of what was
+    measured on that GPU is looked up by it (`tinylm.kernels.table`).
+    """
+    asked, device_type = setting(), torch.device(device).type
     own = IMPLEMENTATIONS[operator]
-    if setting == "reference":
-        return Selection(operator, own[-1], f"{ENVIRONMENT_VARIABLE}=reference")
-    name, reason = _torch_choice(operator, device_type)
-    if "triton" not in own or setting == "torch":
-        return Selection(operator, name, reason)
-    if setting == "triton":
-        refusal = triton_refusal(device_type)
-        if refusal is None:
-            return Selection(operator, "triton", f"{ENVIRONMENT_VARIABLE}=triton")
-        return Selection(operator, _fall_back(operator, name, refusal), f"{refusal}; {reason}")
-    if device_type == "cuda" and triton_refusal(device_type) is None:
-        reason = f"{reason}; {_UNPROVEN}"
-    return Selection(operator, name, reason)
+    if asked == "reference":
+        return Selection(operator, own[-1], f"{ENVIRONMENT_VARIABLE}=reference", kind)
+    name, reason = torch_choice(operator, device_type)
+    if "triton" not in own or asked == "torch" or (asked == "auto" and device_type != "cuda"):
+        return Selection(operator, name, reason, kind)
+    refusal = triton_refusal(device_type)
+    if refusal is None and asked == "triton":
+        return Selection(operator, "triton", f"{ENVIRONMENT_VARIABLE}=triton", kind)
+    if asked == "triton":
+        _fall_back(operator, name, str(refusal))
+    if refusal is not None:
+        return Selection(operator, name, f"{refusal}; {reason}", kind)
+    choice = _measured(operator, torch.device(device), kind)
+    return Selection(operator, "triton" if choice.triton else name, choice.reason, kind)
 
 
-def _torch_choice(operator: str, device_type: str) -> tuple[str, str]:
+def _measured(operator: str, device: torch.device, kind: str) -> Choice:
+    table = remembered(device)
+    if table is None:
+        return Choice(False, _UNCHECKED)
+    if table.failure is not None:
+        return Choice(False, table.failure)
+    missing = Choice(False, table.unfinished or _OTHER_KIND)
+    return table.choices.get((operator, kind), missing)
+
+
+def forget() -> None:
+    """Decides anew, by what is remembered and asked for now."""
+    for decision in (select, triton_refusal, _fall_back):
+        decision.cache_clear()
+
+
+def torch_choice(operator: str, device_type: str) -> tuple[str, str]:
+    """The implementation in plain torch that a device type gets, and why."""
     return _TORCH.get((operator, device_type)) or _TORCH[(operator, "*")]
 
 
@@ -110,22 +140,22 @@ def triton_refusal(device_type: str) -> str | None:
 
 
 @decided_while_tracing
-def implementation(operator: str, device_type: str, backend: str | None) -> str:
-    """``backend`` if given (checked), else what `select` chooses."""
+def implementation(operator: str, device: torch.device, backend: str | None, kind: str = "") -> str:
+    """``backend`` if given (checked), else what `select` chooses for calls of a kind."""
     if backend is None:
-        return select(operator, device_type).implementation
+        return select(operator, str(device), kind).implementation
     if backend not in IMPLEMENTATIONS[operator]:
         known = ", ".join(IMPLEMENTATIONS[operator])
         raise InputError(f"{operator} has no backend {backend!r}; choose one of {known}")
-    if backend == "triton" and (refusal := triton_refusal(device_type)):
-        return torch_instead(operator, device_type, refusal)
+    if backend == "triton" and (refusal := triton_refusal(device.type)):
+        return torch_instead(operator, device.type, refusal)
     return backend
 
 
 @decided_while_tracing
 def torch_instead(operator: str, device_type: str, refusal: str) -> str:
     """The torch implementation, for a call that the Triton kernel refuses; says why, once."""
-    return _fall_back(operator, _torch_choice(operator, device_type)[0], refusal)
+    return _fall_back(operator, torch_choice(operator, device_type)[0], refusal)
 
 
 @cache
@@ -134,9 +164,43 @@ def _fall_back(operator: str, name: str, refusal: str) -> str:
     return name
 
 
-def selections(device_type: str) -> list[Selection]:
-    """What runs for every operator on a device type, for ``tinylm doctor``."""
-    return [select(operator, device_type) for operator in IMPLEMENTATIONS]
+def selections(device: str) -> list[Selection]:
+    """What runs for every operator on a device, by kind of call where that was measured."""
+    table = remembered(torch.device(device)) if _decides_by_kind(device) else None
+    kinds: dict[str, list[str]] = {}
+    for operator, kind in table.choices if table else ():
+        kinds.setdefault(operator, []).append(kind)
+    return [
+        select(operator, device, kind)
+        for operator in IMPLEMENTATIONS
+        for kind in kinds.get(operator, [""])
+    ]
+
+
+def fingerprint(device: str) -> str:
+    """The same where the same implementations run: their results agree bit for bit, if at all."""
+    chosen = [(s.operator, s.kind, s.implementation) for s in selections(device)]
+    return blake2b(repr(chosen).encode(), digest_size=4).hexdigest()
+
+
+def _decides_by_kind(device: str) -> bool:
+    return setting() == "auto" and torch.device(device).type == "cuda"
+
+
+_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``fp16``, ``bf16``, ``fp32``, else torch's own name."""
+    return _SHORT.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def at_most(name: str, value: int, *limits: int) -> str:
+    """``value`` among ``limits`` in words: ``D <= 32``, ``D > 128``."""
+    for limit in limits:
+        if value <= limit:
+            return f"{name} <= {limit}"
+    return f"{name} > {limits[-1]}"
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -152,4 +216,5 @@ def wide(x: Tensor) -> Tensor:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with ``x``: autocast's if it is on, else its own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.kernels.dispatch import autocast_dtype, implementation, torch_instead, wide
+from tinylm.kernels.dispatch import (
+    at_most,
+    autocast_dtype,
+    dtype_name,
+    implementation,
+    torch_instead,
+    wide,
+)
 
 # Rows of logits alive at once. On a CPU 256 × 10,000 fp32 (10 MB) is the fastest of 64 … 2,048;
 # a GPU wants larger products.
@@ -32,11 +39,11 @@ def linear_cross_entropy(
     h_NC: Tensor,
     weight_VC: Tensor,
     targets_N: Tensor,
-    bias_V: Tensor | None = None,
-    *,
     ignore_index: int = -100,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    *,
+    bias_V: Tensor | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -57,8 +64,8 @@ def linear_cross_entropy(
         InputError: the shapes do not belong together, or an option is out of its range.
     """
     _check(h_NC, weight_VC, targets_N, bias_V, softcap, reduction)
-    device_type = h_NC.device.type
-    name = implementation("linear_cross_entropy", device_type, backend)
+    kind = call_kind(h_NC, weight_VC)
+    name = implementation("linear_cross_entropy", h_NC.device, backend, kind)
     terms = Terms(ignore_index, softcap, z_loss, autocast_dtype(h_NC))
     inputs = h_NC, weight_VC, bias_V, targets_N
     if name == "triton":
@@ -67,7 +74,7 @@ def linear_cross_entropy(
         refusal = kernels.refusal(h_NC, weight_VC, bias_V, terms.dtype)
         if refusal is None:
             return _reduced(kernels.loss_N(*inputs, *terms), targets_N, ignore_index, reduction)
-        name = torch_instead("linear_cross_entropy", device_type, refusal)
+        name = torch_instead("linear_cross_entropy", h_NC.device.type, refusal)
     if name == "reference":
         return _reduced(_reference(*inputs, terms), targets_N, ignore_index, reduction)
     loss: Tensor
@@ -76,6 +83,13 @@ def linear_cross_entropy(
         return loss
     loss = _ChunkedSum.apply(*inputs, terms)  # type: ignore[no-untyped-call]
     return loss / (targets_N != ignore_index).sum() if reduction == "mean" else loss
+
+
+def call_kind(h_NC: Tensor, weight_VC: Tensor) -> str:
+    """What the time of a call hangs on, for `tinylm.kernels.dispatch.select`."""
+    (N, C), V = h_NC.shape, weight_VC.shape[0]
+    sizes = at_most("C", C, 128, 256), at_most("N", N, 1024), at_most("V", V, 4096)
+    return ", ".join((dtype_name(autocast_dtype(h_NC)), *sizes))
 
 
 def _check(
@@ -110,7 +124,8 @@ def _reference(
     h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, targets_N: Tensor, terms: Terms
 ) -> Tensor:
     """loss_N, as plainly as can be."""
-    logits_NV = wide(F.linear(h_NC, weight_VC, bias_V))
+    bias_V = None if bias_V is None else bias_V.to(terms.dtype)
+    logits_NV = wide(F.linear(h_NC.to(terms.dtype), weight_VC.to(terms.dtype), bias_V))
     if terms.softcap is not None:
         logits_NV = terms.softcap * torch.tanh(logits_NV / terms.softcap)
     loss_N = F.cross_entropy(

@@ -6,26 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import implementation, torch_instead, wide
+from tinylm.kernels.dispatch import at_most, dtype_name, implementation, torch_instead, wide
 
 
 @overload
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: None = None,
-    eps: float = 1e-5, backend: str | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: None = None,
+    eps: float = 1e-5, *, backend: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor,
     eps: float = 1e-5, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
+    eps: float = 1e-5, *, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
     residual: Tensor | None = None,
     eps: float = 1e-5,
+    *,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension.
@@ -33,7 +38,7 @@ def layer_norm(
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
     Statistics are fp32; the result has the dtype of ``x``.
     """
-    name = implementation("layer_norm", x.device.type, backend)
+    name = implementation("layer_norm", x.device, backend, call_kind(x, weight))
     if name == "triton":
         from tinylm.kernels.triton import norm as kernels
 
@@ -68,20 +73,20 @@ def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, residual: None = None, eps: float = 1e-6,
-    backend: str | None = None,
+    x: Tensor, weight: Tensor, residual: None = None, eps: float = 1e-6,
+    *, backend: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm(
-    x: Tensor, weight: Tensor, *, residual: Tensor, eps: float = 1e-6,
-    backend: str | None = None,
+    x: Tensor, weight: Tensor, residual: Tensor, eps: float = 1e-6,
+    *, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
     weight: Tensor,
-    *,
     residual: Tensor | None = None,
     eps: float = 1e-6,
+    *,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
@@ -90,7 +95,7 @@ def rms_norm(
     Statistics are fp32; the result has the dtype of ``x``. The weight may have more of the last
     dimensions of ``x``, such as (H, D) for heads that are scaled apart.
     """
-    name = implementation("rms_norm", x.device.type, backend)
+    name = implementation("rms_norm", x.device, backend, call_kind(x, weight))
     total = x if residual is None else x + residual
     if name == "triton" and weight.dim() > 1:
         whole = rms_norm(total, torch.ones_like(weight[0]), eps=eps, backend=name)
@@ -111,6 +116,12 @@ def rms_norm(
     else:
         out = _RMSNorm.apply(total, weight, eps)  # type: ignore[no-untyped-call]
     return out if residual is None else (out, total)
+
+
+def call_kind(x: Tensor, weight: Tensor) -> str:
+    """What the time of a norm hangs on, for `tinylm.kernels.dispatch.select`."""
+    width = "heads" if weight.dim() > 1 else at_most("C", x.shape[-1], 256, 4096)
+    return f"{dtype_name(x.dtype)}, {width}"
 
 
 class _RMSNorm(torch.autograd.Function):
