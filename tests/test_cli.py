@@ -45,8 +45,8 @@ def test_train_options() -> None:
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
         "--micro-batch-size --embedding-init --optimizer --lr --muon-lr --beta1 --beta2 "
         "--weight-decay --schedule --warmup --decay --clip --device --precision --seed "
-        "--deterministic --no-deterministic --on-nan --log-every --eval-every --eval-tokens --logger "
-        "--sample-every --checkpoint-seconds --keep-checkpoints"
+        "--deterministic --no-deterministic --on-nan --log-every --eval-every --eval-tokens "
+        "--logger --sample-every --checkpoint-seconds --keep-checkpoints"
     )
     assert options == set(expected.split())
 
