@@ -99,7 +99,7 @@ class TrainConfig:
         "muon", "muon: Muon on matrices, AdamW on the rest; adamw: AdamW on everything"
     )
     lr: float = option(5e-3, "peak learning rate of AdamW")
-    muon_lr: float = option(0.02, "peak learning rate of Muon")
+    muon_lr: float = option(0.01, "peak learning rate of Muon")
     beta1: float = option(0.9, "AdamW's first-moment decay")
     beta2: float = option(0.999, "AdamW's second-moment decay")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices")
