@@ -201,10 +201,22 @@ def joined() -> Iterator[World]:
         yield world
         failed = False
     finally:
-        # NCCL would wait for work that the others, after an error, never take part in. gloo does
-        # not, but the threads it leaves at the end of a process abort that.
+        # NCCL would wait for work that the others, after an error, never take part in.
         if ours and not (failed and gpu):
-            dist.destroy_process_group()
+            _leave()
+
+
+def _leave() -> None:
+    """Ends the group. gloo's threads would outlive that while anything, such as
+    DistributedDataParallel, still holds the group, and abort the process when it exits."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.group.WORLD is not None:
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        if hasattr(backend, "shutdown"):
+            backend.shutdown()
+    dist.destroy_process_group()
 
 
 @contextmanager
