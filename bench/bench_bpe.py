@@ -31,6 +31,9 @@ GPT2_PATTERN = (  # rustbpe knows no possessive quantifiers
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
 ROUNDS, WARM_ROUNDS = 5, 10
+INEXACT = {
+    "tokie"
+}  # its ids differ from those of tiktoken in a few places, so it is not timed there
 MAX_MEGABYTES = float(os.environ.get("TINYLM_BENCH_MAX_MB", "100"))
 SIZES = [m for m in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0, 1000.0) if m <= MAX_MEGABYTES]
 VOCABULARY_SIZES = [1000, 3000, 10_000, 30_000, 100_000, 200_000]
@@ -91,24 +94,25 @@ def fresh(texts, side):
 def measure(benchmark, vocabulary):
     """Times the encoding of texts, cold or warm, and adds what is to be known of it."""
 
-    def run(name, texts, files=None, warm=False, expected=None, **info):
+    def encode(side, texts):
+        side.encode(texts)
+
+    def run(name, texts, files=None, warm=False, **info):
         files = files or vocabulary()
         make = SIDES[name]
         side, seen = make(files), fresh(texts, make)
         ids = side.flat(side.encode(seen))
-        if expected is None:
-            expected = SIDES["tinylm"](files)
-            expected = expected.flat(expected.encode(texts))
-        if name not in ("tinylm", *SLOW) and not np.array_equal(ids, expected):
-            pytest.xfail(f"{name} gives other ids than tiktoken and tokenizers")
+        ours = SIDES["tinylm"](files)
+        expected = ours.flat(ours.encode(texts))
+        if name in INEXACT and not np.array_equal(ids, expected):
+            pytest.xfail(f"{name} gives other ids than all others here do")
         np.testing.assert_array_equal(ids, expected)
         rounds = 1 if name in SLOW else WARM_ROUNDS if warm else ROUNDS
         if warm:
             benchmark.pedantic(side.encode, args=(seen,), rounds=rounds)
         else:
-            function = lambda side, texts: side.encode(texts)  # noqa: E731
             benchmark.pedantic(
-                function, setup=lambda: ((make(files), fresh(texts, make)), {}), rounds=rounds
+                encode, setup=lambda: ((make(files), fresh(texts, make)), {}), rounds=rounds
             )
         if benchmark.stats is None:  # --benchmark-disable
             return
