@@ -111,16 +111,22 @@ void Splitter::read_wide_chars(std::size_t bytes) {
   wide_spaces_.clear();
   wide_symbols_.clear();
   const CharClassTable* const table = &char_classes();
-  std::size_t read = 0;  // everything before is
   for (std::size_t block = 0; block * kBlockBytes < bytes; ++block) {
-    for (std::uint64_t wide = classes_[block].non_ascii; wide != 0; wide &= wide - 1) {
-      const std::size_t at = block * kBlockBytes + static_cast<std::size_t>(lowest_bit(wide));
-      if (at < read) continue;
+    BlockClasses& here = classes_[block];
+    std::uint64_t lower = 0;  // which most are, kept out of memory
+    for (std::uint64_t wide = here.wide; wide != 0; wide &= wide - 1) {
+      const int first = lowest_bit(wide);
+      const std::size_t at = block * kBlockBytes + static_cast<std::size_t>(first);
       const char* next = begin_ + at;
       const CharClass char_class = (*table)[decode_utf8(next)];
-      read = static_cast<std::size_t>(next - begin_);
-      const WideChar wide_char = {static_cast<std::uint32_t>(at),
-                                  static_cast<std::uint32_t>(read - at)};
+      const auto size = static_cast<int>(next - (begin_ + at));
+      const std::uint64_t bits = (std::uint64_t{1} << size) - 1;
+      const bool goes_on = first + size > static_cast<int>(kBlockBytes);  // in the next block
+      if (char_class == kLower && !goes_on) {
+        lower |= bits << first;
+        continue;
+      }
+      const WideChar wide_char = {static_cast<std::uint32_t>(at), static_cast<std::uint32_t>(size)};
       std::uint64_t BlockClasses::* field = &BlockClasses::lower;
       switch (char_class) {
         case kOther:
@@ -146,13 +152,10 @@ void Splitter::read_wide_chars(std::size_t bytes) {
           wide_spaces_.push_back(wide_char);
           break;
       }
-      const std::uint64_t bits = (std::uint64_t{1} << wide_char.bytes) - 1;
-      const std::size_t first = at % kBlockBytes;
-      classes_[block].*field |= bits << first;
-      if (first + wide_char.bytes > kBlockBytes) {
-        classes_[block + 1].*field |= bits >> (kBlockBytes - first);
-      }
+      here.*field |= bits << first;
+      if (goes_on) classes_[block + 1].*field |= bits >> (static_cast<int>(kBlockBytes) - first);
     }
+    here.lower |= lower;
   }
 }
 

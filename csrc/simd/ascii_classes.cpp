@@ -84,7 +84,7 @@ void classify_portable(const char* text, std::size_t blocks, BlockClasses* class
       put(out.space, gather_bit(bits, 5) | blank);
       put(out.blank, blank);
       put(out.apostrophe, gather_bit(bits, 7));
-      put(out.non_ascii, gather_bit(bytes, 7));
+      put(out.wide, gather_bit(bytes, 7) & gather_bit(bytes, 6));
       // Of the control characters, only \n and \r differ from 0x0A in bits 0 to 2 as 0 or 7.
       const std::uint64_t difference = bytes ^ 0x0A0A0A0A0A0A0A0Au;
       const std::uint64_t low = gather_bit(difference, 0);
@@ -141,7 +141,7 @@ __attribute__((target("avx2"))) void classify_avx2(const char* text, std::size_t
     out.space = bits_of<5>(low_bits, high_bits) | out.blank;
     out.newline = equal(low, high, '\n') | equal(low, high, '\r');
     out.apostrophe = bits_of<7>(low_bits, high_bits);
-    out.non_ascii = bits_of<7>(low, high);
+    out.wide = bits_of<7>(low, high) & bits_of<6>(low, high);
   }
 }
 
@@ -173,7 +173,7 @@ __attribute__((target("avx512f,avx512bw"))) void classify_avx512(const char* tex
                   _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8('\r'));
     out.blank = any(kBlank);
     out.apostrophe = any(kApostrophe);
-    out.non_ascii = _mm512_movepi8_mask(bytes);
+    out.wide = _mm512_cmp_epu8_mask(bytes, _mm512_set1_epi8(static_cast<char>(0xC0)), _MM_CMPINT_NLT);
   }
 }
 

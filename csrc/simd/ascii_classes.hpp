@@ -9,8 +9,8 @@ namespace tinylm {
 
 constexpr std::size_t kBlockBytes = 64;
 
-// Bit i of each field is about byte i of a block. The bytes of characters beyond ASCII are in
-// `non_ascii` only.
+// Bit i of each field is about byte i of a block. Of characters beyond ASCII only the first byte
+// has a bit, in `wide`.
 struct BlockClasses {
   std::uint64_t upper;
   std::uint64_t lower;
@@ -19,7 +19,7 @@ struct BlockClasses {
   std::uint64_t newline;     // \n \r
   std::uint64_t blank;       // ' '
   std::uint64_t apostrophe;  // '
-  std::uint64_t non_ascii;
+  std::uint64_t wide;
 };
 
 // Writes the classes of `blocks` blocks; reads no byte beyond them. Linear.
