@@ -36,14 +36,28 @@ unsigned char byte_at(std::string_view piece, std::size_t i) {
   return static_cast<unsigned char>(piece[i]);
 }
 
+// What has a slot of its own for each piece.
+template <class Id>
+struct PieceCaches {
+  ShortPieceCache<Id> shorts;
+  MiddlePieceCache<Id> middles;
+
+  // How many ids of a piece of so many bytes there is room for.
+  static constexpr std::size_t max_ids(std::size_t bytes) {
+    return bytes <= kMaxShortKey    ? ShortPieceCache<Id>::kMaxIds
+           : bytes <= kMaxMiddleKey ? MiddlePieceCache<Id>::kMaxIds
+                                    : 0;
+  }
+};
+
 // Pieces that are looked up together.
 struct PieceGroup {
   static constexpr std::size_t kSize = 32;
 
-  // Reads pieces from number `first` on and asks for their slots in `cache`.
-  template <class Cache>
+  // Reads pieces from number `first` on and asks for their slots in `caches`.
+  template <class Id>
   void read(const Splitter& splitter, std::size_t first, std::string_view text,
-            const Cache& cache) {
+            const PieceCaches<Id>& caches) {
     count = first < splitter.size() ? std::min(kSize, splitter.size() - first) : 0;
     const char* const text_end = text.data() + text.size();
     const std::uint32_t* const ends = splitter.ends() + first;
@@ -53,17 +67,27 @@ struct PieceGroup {
       const std::size_t bytes = ends[i] - begin;
       begin = ends[i];
       pieces[i] = std::string_view(at, bytes);
-      if (bytes > kMaxShortKey) continue;
-      const bool is_readable = text_end - at >= std::ptrdiff_t{sizeof(ShortKey)};
-      keys[i] = is_readable ? short_key(at, bytes) : short_key_exactly(at, bytes);
-      hashes[i] = short_hash(keys[i]);
-      cache.prefetch(hashes[i]);
+      const std::ptrdiff_t readable = text_end - at;
+      if (bytes <= kMaxShortKey) {
+        keys[i] = readable >= std::ptrdiff_t{sizeof(ShortKey)} ? short_key(at, bytes)
+                                                               : short_key_exactly(at, bytes);
+        hashes[i] = key_hash(keys[i]);
+        caches.shorts.prefetch(hashes[i]);
+      } else if (bytes <= kMaxMiddleKey) {
+        middle_keys[i] = readable >= std::ptrdiff_t{sizeof(MiddleKey)}
+                             ? middle_key(at, bytes)
+                             : middle_key_exactly(at, bytes);
+        hashes[i] = key_hash(middle_keys[i]);
+        caches.middles.prefetch(hashes[i]);
+      }
     }
   }
 
   std::size_t count = 0;
   std::string_view pieces[kSize];
-  ShortKey keys[kSize];  // of the short ones
+  // Of those that have one.
+  ShortKey keys[kSize];
+  MiddleKey middle_keys[kSize];
   std::uint64_t hashes[kSize];
 };
 
@@ -72,16 +96,16 @@ struct PieceGroup {
 class BpeModel::Scratch {
  public:
   template <class Id>
-  ShortPieceCache<Id>& short_pieces() {
+  PieceCaches<Id>& caches() {
     if constexpr (sizeof(Id) == sizeof(std::uint16_t)) {
-      return narrow_pieces;
+      return narrow_caches;
     } else {
-      return wide_pieces;
+      return wide_caches;
     }
   }
 
-  ShortPieceCache<std::uint16_t> narrow_pieces;
-  ShortPieceCache<std::uint32_t> wide_pieces;
+  PieceCaches<std::uint16_t> narrow_caches;
+  PieceCaches<std::uint32_t> wide_caches;
   LongPieceCache long_pieces;
   std::string prefixed;
 
@@ -157,7 +181,7 @@ void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<Id>& 
     watch.poll();
     // No more ids than bytes, and room for a whole slot's behind them.
     const std::size_t before = ids.size();
-    ids.resize(before + splitter.ends()[splitter.size() - 1] + ShortPieceCache<Id>::kMaxIds + 1);
+    ids.resize(before + splitter.ends()[splitter.size() - 1] + MiddlePieceCache<Id>::kMaxIds);
     const Id* const end = encode_pieces(splitter, text, scratch, ids.data() + before, watch);
     ids.resize(static_cast<std::size_t>(end - ids.data()));
   }
@@ -173,47 +197,57 @@ template void BpeModel::encode(std::string_view, Scratch&, std::vector<std::uint
 template <class Id>
 Id* BpeModel::encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch,
                             Id* out, Watch& watch) const {
-  using Cache = ShortPieceCache<Id>;
-  Cache& cache = scratch.short_pieces<Id>();
+  PieceCaches<Id>& caches = scratch.caches<Id>();
+  // Copies the ids of a piece that `cache` has. A copy of known size is quicker than one of just the
+  // ids there are.
+  const auto is_known = [&out](const auto& cache, const auto& key, std::uint64_t hash) {
+    const auto* const slot = cache.find(key, hash);
+    if (!slot) return false;
+    std::memcpy(out, slot->ids, sizeof(slot->ids));
+    out += slot->count;
+    return true;
+  };
   PieceGroup groups[2];
-  groups[0].read(splitter, 0, text, cache);
+  groups[0].read(splitter, 0, text, caches);
   for (std::size_t number = 0; groups[number % 2].count != 0; ++number) {
     const PieceGroup& group = groups[number % 2];
-    groups[(number + 1) % 2].read(splitter, (number + 1) * PieceGroup::kSize, text, cache);
+    groups[(number + 1) % 2].read(splitter, (number + 1) * PieceGroup::kSize, text, caches);
     for (std::size_t i = 0; i < group.count; ++i) {
       const std::string_view piece = group.pieces[i];
       const bool is_short = piece.size() <= kMaxShortKey;
       if (is_short) {
-        if (const auto* const slot = cache.find(group.keys[i], group.hashes[i])) {
-          // A copy of known size is quicker than one of just the ids there are.
-          std::memcpy(out, slot->ids, sizeof(slot->ids));
-          out += slot->count;
-          continue;
-        }
+        if (is_known(caches.shorts, group.keys[i], group.hashes[i])) continue;
+      } else if (piece.size() <= kMaxMiddleKey) {
+        if (is_known(caches.middles, group.middle_keys[i], group.hashes[i])) continue;
       }
       Id* const end = encode_new_piece(piece, scratch, out, watch);
       const auto ids = static_cast<std::size_t>(end - out);
-      if (is_short && ids <= Cache::kMaxIds) cache.insert(group.keys[i], out, ids);
+      if (ids <= PieceCaches<Id>::max_ids(piece.size())) {
+        if (is_short) {
+          caches.shorts.insert(group.keys[i], out, ids);
+        } else {
+          caches.middles.insert(group.middle_keys[i], out, ids);
+        }
+      }
       out = end;
     }
   }
   return out;
 }
 
-// A piece that the cache of short ones does not have.
+// A piece that the caches with slots do not have.
 template <class Id>
 Id* BpeModel::encode_new_piece(std::string_view piece, Scratch& scratch, Id* out,
                                Watch& watch) const {
-  constexpr std::size_t kMaxIds = ShortPieceCache<Id>::kMaxIds;
-  const bool may_be_kept = piece.size() > kMaxIds && piece.size() <= LongPieceCache::kMaxBytes;
+  const std::size_t max_ids = PieceCaches<Id>::max_ids(piece.size());
+  const bool may_be_kept = piece.size() > max_ids && piece.size() <= LongPieceCache::kMaxBytes;
   if (may_be_kept) {
     const auto [first, last] = scratch.long_pieces.find(piece);
     if (first) return std::copy(first, last, out);
   }
   Id* const end = merge_piece(piece, scratch, out, watch);
   const auto ids = static_cast<std::size_t>(end - out);
-  const bool is_short = piece.size() <= kMaxShortKey && ids <= kMaxIds;
-  if (may_be_kept && !is_short) scratch.long_pieces.insert(piece, out, ids);
+  if (may_be_kept && ids > max_ids) scratch.long_pieces.insert(piece, out, ids);
   return end;
 }
 

@@ -1,5 +1,5 @@
 // Pieces that have been merged before, and their ids. Text repeats its pieces: of 39 MB of English
-// and code, one piece in forty is new. Both caches are bounded, and forget; one thread uses them.
+// and code, one piece in forty is new. All caches are bounded, and forget; one thread uses them.
 #pragma once
 
 #include <algorithm>
@@ -16,24 +16,29 @@
 
 namespace tinylm {
 
-// Ids of short pieces, where there are few. Two places for each piece, in one cache line. It grows
-// up to a bound; then new pieces take the places of others.
-template <class Id>
-class ShortPieceCache {
+// Ids of pieces that fit a key, ShortKey or MiddleKey, where there are few: the ids of a piece take
+// as much room as its key. Two places for each piece, side by side. It grows up to a bound; then new
+// pieces take the places of others.
+template <class Key, class Id>
+class KeyedPieceCache {
  public:
-  static constexpr std::size_t kMaxIds = 16 / sizeof(Id) - 1;
+  static constexpr std::size_t kMaxIds = sizeof(Key) / sizeof(Id) - 1;
 
   struct Slot {
-    ShortKey key;
+    Key key;
     Id ids[kMaxIds];
     Id count;
   };
 
-  // Has a piece's slot brought near while other work is done.
-  void prefetch(std::uint64_t hash) const { tinylm::prefetch(&buckets_[index_of(hash)]); }
+  // Has a piece's slots brought near while other work is done.
+  void prefetch(std::uint64_t hash) const {
+    const Bucket& bucket = buckets_[index_of(hash)];
+    tinylm::prefetch(&bucket.slots[0]);
+    if constexpr (sizeof(Bucket) > kLineBytes) tinylm::prefetch(&bucket.slots[1]);
+  }
 
   // The slot of a piece with this key, whose hash is `hash`, or nullptr. Constant time.
-  const Slot* find(const ShortKey& key, std::uint64_t hash) const {
+  const Slot* find(const Key& key, std::uint64_t hash) const {
     const std::size_t index = index_of(hash);
     const Bucket& bucket = buckets_[index];
     const bool is_first = bucket.slots[0].key == key;
@@ -43,7 +48,7 @@ class ShortPieceCache {
   }
 
   // Keeps `count` <= kMaxIds ids of a piece that is not there.
-  void insert(const ShortKey& key, const Id* ids, std::size_t count) {
+  void insert(const Key& key, const Id* ids, std::size_t count) {
     if (size_ > buckets_.size() && bits_ < kMaxBits) grow();
     Slot slot = {key, {}, static_cast<Id>(count)};
     std::copy(ids, ids + count, slot.ids);
@@ -54,21 +59,23 @@ class ShortPieceCache {
 #ifdef TINYLM_FUZZING
   static constexpr int kMinBits = 1, kMaxBits = 3;  // so that it is full soon
 #else
-  static constexpr int kMinBits = 10, kMaxBits = 18;  // of the number of buckets: 64 KiB to 16 MiB
+  // Of the number of buckets: for short keys 64 KiB to 16 MiB, for middle ones 32 KiB to 8 MiB.
+  static constexpr int kMinBits = sizeof(Key) == sizeof(ShortKey) ? 10 : 8, kMaxBits = kMinBits + 8;
 #endif
+  static constexpr std::size_t kLineBytes = 64;
   static constexpr int kGrowthBits = 2;
 
-  struct alignas(64) Bucket {
+  struct alignas(kLineBytes) Bucket {
     Slot slots[2] = {};
 
     // The second slot is filled last.
-    bool is_full() const { return slots[1].key.high != 0; }
+    bool is_full() const { return !slots[1].key.is_empty(); }
   };
   using Buckets = std::vector<Bucket, HugePageAllocator<Bucket>>;
 
   std::size_t index_of(std::uint64_t hash) const { return hash >> (64 - bits_); }
 
-  static const Slot* find_in(const Bucket& bucket, const ShortKey& key) {
+  static const Slot* find_in(const Bucket& bucket, const Key& key) {
     for (const Slot& slot : bucket.slots) {
       if (slot.key == key) return &slot;
     }
@@ -78,10 +85,10 @@ class ShortPieceCache {
   // In its bucket, or else the one beside it, which the processor tends to fetch with it. Pieces
   // that came early are common ones, so the last slot is the one that is given to another.
   void put(const Slot& slot) {
-    const std::size_t index = index_of(short_hash(slot.key));
+    const std::size_t index = index_of(key_hash(slot.key));
     Bucket& bucket = buckets_[buckets_[index].is_full() ? index ^ 1 : index];
     size_ += !bucket.is_full();
-    bucket.slots[bucket.slots[0].key.high != 0] = slot;
+    bucket.slots[!bucket.slots[0].key.is_empty()] = slot;
   }
 
   void grow() {
@@ -91,7 +98,7 @@ class ShortPieceCache {
     size_ = 0;
     for (const Bucket& bucket : old) {
       for (const Slot& slot : bucket.slots) {
-        if (slot.key.high != 0) put(slot);
+        if (!slot.key.is_empty()) put(slot);
       }
     }
   }
@@ -101,8 +108,12 @@ class ShortPieceCache {
   std::size_t size_ = 0;
 };
 
-// Ids of pieces that are too long or have too many ids for a ShortPieceCache. When it is full it is
-// emptied.
+template <class Id>
+using ShortPieceCache = KeyedPieceCache<ShortKey, Id>;
+template <class Id>
+using MiddlePieceCache = KeyedPieceCache<MiddleKey, Id>;
+
+// Ids of pieces that are too long or have too many ids for those. When it is full it is emptied.
 class LongPieceCache {
  public:
   static constexpr std::size_t kMaxBytes = 256;

@@ -43,7 +43,7 @@ class PieceCounter::Batch {
     }
     const ShortKey key = key_of(piece);
     keys_[short_count_] = key;
-    hashes_[short_count_] = short_hash(key);
+    hashes_[short_count_] = key_hash(key);
     table_.prefetch(hashes_[short_count_++]);
   }
 

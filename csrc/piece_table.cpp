@@ -11,7 +11,7 @@ bool is_full(std::size_t used, std::size_t slots) { return 3 * used > 2 * slots;
 void PieceTable::add(std::string_view piece, std::int64_t count) {
   if (piece.size() > kMaxShortKey) return add_long(piece, count);
   const ShortKey key = short_key_exactly(piece.data(), piece.size());
-  add_short(key, short_hash(key), count);
+  add_short(key, key_hash(key), count);
 }
 
 void PieceTable::add_short(ShortKey key, std::uint64_t hash, std::int64_t count) {
@@ -51,7 +51,7 @@ void PieceTable::grow_short() {
   const int shift = short_shift_ - 1;
   for (const ShortSlot& slot : short_slots_) {
     if (slot.is_empty()) continue;
-    std::size_t i = short_hash(slot.key) >> shift;
+    std::size_t i = key_hash(slot.key) >> shift;
     while (!larger[i].is_empty()) i = (i + 1) & (larger.size() - 1);
     larger[i] = slot;
   }

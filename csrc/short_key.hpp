@@ -1,5 +1,5 @@
-// Up to 15 bytes as two registers, to be looked up and compared at once; and the hashes of all
-// tables of words and pieces.
+// Up to 15 bytes as two registers, up to 31 as four, to be looked up and compared at once; and the
+// hashes of all tables of words and pieces.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,7 @@
 namespace tinylm {
 
 constexpr std::size_t kMaxShortKey = 15;
+constexpr std::size_t kMaxMiddleKey = 31;
 
 // The bytes, zeros behind them, and in the last byte how many there are, so that "a" and "a\0"
 // differ and no key but the empty one has a `high` of zero.
@@ -18,6 +19,19 @@ struct ShortKey {
   bool operator==(const ShortKey& other) const {
     return ((low ^ other.low) | (high ^ other.high)) == 0;
   }
+  bool is_empty() const { return high == 0; }
+};
+
+// The same for 16 to 31 bytes: the first 16, then those behind them as a ShortKey, but for its last
+// byte, which is how many there are in all.
+struct MiddleKey {
+  ShortKey first, rest;
+
+  bool operator==(const MiddleKey& other) const {
+    return ((first.low ^ other.first.low) | (first.high ^ other.first.high) |
+            (rest.low ^ other.rest.low) | (rest.high ^ other.rest.high)) == 0;
+  }
+  bool is_empty() const { return rest.high == 0; }
 };
 
 // Which bits of two words the first bytes are, by how many, and where the last byte is.
@@ -61,6 +75,20 @@ inline ShortKey short_key_exactly(const char* begin, std::size_t size) {
   return short_key(padded, size);
 }
 
+inline MiddleKey middle_key(const char* begin, std::size_t size) {
+  MiddleKey key;
+  std::memcpy(&key.first, begin, sizeof(key.first));
+  key.rest = short_key(begin + sizeof(key.first), size - sizeof(key.first));
+  key.rest.high |= std::uint64_t{sizeof(key.first)} << kShortKeyMasks.size_shift;
+  return key;
+}
+
+inline MiddleKey middle_key_exactly(const char* begin, std::size_t size) {
+  char padded[sizeof(MiddleKey)] = {};
+  std::memcpy(padded, begin, size);
+  return middle_key(padded, size);
+}
+
 inline std::size_t size_of(const ShortKey& key) {
   return static_cast<std::size_t>(key.high >> kShortKeyMasks.size_shift & 0xFF);
 }
@@ -70,7 +98,10 @@ inline std::uint64_t mix(std::uint64_t low, std::uint64_t high) {
   return (low ^ high * 0xC2B2AE3D27D4EB4Fu) * 0x9E3779B97F4A7C15u;
 }
 
-inline std::uint64_t short_hash(const ShortKey& key) { return mix(key.low, key.high); }
+inline std::uint64_t key_hash(const ShortKey& key) { return mix(key.low, key.high); }
+inline std::uint64_t key_hash(const MiddleKey& key) {
+  return mix(key_hash(key.first) ^ key.rest.low, key.rest.high);
+}
 
 // The two halves of the product, one on the other.
 inline std::uint64_t fold(std::uint64_t a, std::uint64_t b) {

@@ -124,7 +124,7 @@ WordEncoder::WordEncoder(const std::vector<std::string_view>& vocab,
       table_.find_or_add_long(vocab[i].data(), size, hash).id = value;
     } else {
       const ShortKey key = short_key_exactly(vocab[i].data(), size);
-      table_.find_or_add_short(key, short_hash(key)).id = value;
+      table_.find_or_add_short(key, key_hash(key)).id = value;
     }
   }
 }

@@ -123,7 +123,7 @@ class WordTable {
     ShortKey key;
     Value value;
     bool is_free() const { return key.high == 0; }
-    std::uint64_t hash() const { return short_hash(key); }
+    std::uint64_t hash() const { return key_hash(key); }
   };
   struct LongSlot {
     const char* text;
@@ -212,7 +212,7 @@ void look_up_all(const Words& words, const WordTable<Value>& table, OnShort&& on
     for (std::size_t i = 0; i < count; ++i) {
       const std::size_t size = bounds[2 * i + 1] - bounds[2 * i];
       keys[i] = short_key(words.text + bounds[2 * i], std::min(size, kMaxShortKey));
-      hashes[i] = short_hash(keys[i]);
+      hashes[i] = key_hash(keys[i]);
       table.prefetch_short(hashes[i]);
       short_words[shorts] = long_words[longs] = static_cast<std::uint8_t>(i);
       shorts += size <= kMaxShortKey;
