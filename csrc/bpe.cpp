@@ -198,8 +198,8 @@ template <class Id>
 Id* BpeModel::encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch,
                             Id* out, Watch& watch) const {
   PieceCaches<Id>& caches = scratch.caches<Id>();
-  // Copies the ids of a piece that `cache` has. A copy of known size is quicker than one of just the
-  // ids there are.
+  // Copies the ids of a piece that `cache` has. A copy of known size is quicker than one of just
+  // the ids there are.
   const auto is_known = [&out](const auto& cache, const auto& key, std::uint64_t hash) {
     const auto* const slot = cache.find(key, hash);
     if (!slot) return false;

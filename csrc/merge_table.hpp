@@ -33,7 +33,7 @@ class MergeTable {
   // merges of one pair the last counts. Linear.
   MergeTable(const std::vector<BpeMerge>& merges, bool ranks_are_ids) {
     std::size_t slots = 64;
-    while (3 * slots < 4 * merges.size()) slots *= 2;  // at most three quarters full
+    while (4 * slots < 5 * merges.size()) slots *= 2;  // at most four fifths full
     slots_.resize(slots);
     filter_.resize(slots * kFilterBits / 64);
     for (std::size_t place = 0; place < merges.size(); ++place) {
@@ -72,7 +72,7 @@ class MergeTable {
   std::size_t ranks() const { return results_.size(); }
 
  private:
-  static constexpr std::size_t kFilterBits = 16;  // for each slot: at least 21 for each merge
+  static constexpr std::size_t kFilterBits = 32;  // for each slot: at least 40 for each merge
 
   struct Slot {
     TokenId left = 0, right = 0, result = 0;

@@ -17,8 +17,8 @@
 namespace tinylm {
 
 // Ids of pieces that fit a key, ShortKey or MiddleKey, where there are few: the ids of a piece take
-// as much room as its key. Two places for each piece, side by side. It grows up to a bound; then new
-// pieces take the places of others.
+// as much room as its key. Two places for each piece, side by side. It grows up to a bound; then
+// new pieces take the places of others.
 template <class Key, class Id>
 class KeyedPieceCache {
  public:
