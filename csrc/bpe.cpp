@@ -142,8 +142,9 @@ BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>&
   }
   if (options_.ignore_merges) {
     const std::set<TokenId> special(special_ids.begin(), special_ids.end());
+    whole_pieces_.reserve(tokens_.size());
     for (TokenId id = 0; id < tokens_.size(); ++id) {
-      if (special.count(id) == 0) whole_pieces_.emplace(tokens_[id], id);
+      if (special.count(id) == 0 && !tokens_[id].empty()) whole_pieces_.insert(tokens_[id], id);
     }
   }
 }
@@ -253,12 +254,9 @@ Id* BpeModel::encode_new_piece(std::string_view piece, Scratch& scratch, Id* out
 
 template <class Id>
 Id* BpeModel::merge_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const {
-  if (options_.ignore_merges) {
-    const auto found = whole_pieces_.find(piece);
-    if (found != whole_pieces_.end()) {
-      *out = static_cast<Id>(found->second);
-      return out + 1;
-    }
+  if (const TokenId whole = whole_pieces_.find(piece); whole != WholePieces::kNone) {
+    *out = static_cast<Id>(whole);
+    return out + 1;
   }
   if (piece.size() <= kMaxShortPiece) return merge_short(piece, out);
   return merge_long(piece, scratch, out, watch);

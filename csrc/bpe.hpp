@@ -9,12 +9,12 @@
 #include <mutex>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "merge_table.hpp"
 #include "pretokenize.hpp"
 #include "watch.hpp"
+#include "whole_pieces.hpp"
 
 namespace tinylm {
 
@@ -120,8 +120,8 @@ class BpeModel {
   std::vector<ShortToken> short_tokens_;
   std::array<TokenId, 256> byte_ids_;
   MergeTable merges_;
-  std::vector<RankedMerge> byte_merges_;                        // of each byte with each
-  std::unordered_map<std::string_view, TokenId> whole_pieces_;  // only with ignore_merges
+  std::vector<RankedMerge> byte_merges_;  // of each byte with each
+  WholePieces whole_pieces_;              // none without ignore_merges
   BpeOptions options_;
 
   mutable std::mutex pool_mutex_;
