@@ -14,7 +14,7 @@ from conftest import SMALL, make_documents, write_jsonl
 
 from tinylm.cli import build_parser, main
 
-COMMANDS = "prepare train generate chat next eval reproduce tokenize export doctor".split()
+COMMANDS = "prepare train generate chat next eval reproduce tokenize export bench doctor".split()
 
 
 def run(*arguments: object) -> int:

@@ -9,12 +9,12 @@ fast others are is a question for ``bench/`` in the source tree.
 import copy
 import os
 import platform
+import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,22 @@ import torch
 
 from tinylm import __version__
 from tinylm.config import TrainConfig
-from tinylm.data.builtin import BuiltinSource
 from tinylm.data.windows import WindowSampler
-from tinylm.device import Device, choose_device
+from tinylm.device import Device
 from tinylm.device_step import DeviceStep, runs_on_device
 from tinylm.distributed import World
 from tinylm.errors import TrainingError
 from tinylm.generate import Sampling, generate_ids
-from tinylm.kernels import dispatch
-from tinylm.kernels.check import check, synchronize
+from tinylm.kernels import check, dispatch
 from tinylm.model import Transformer
 from tinylm.optim import Optimizer
 from tinylm.step import Outcome, Step, TrainStep
-from tinylm.tokenizer import BPETokenizer, Tokenizer, WordTokenizer, implementation
+from tinylm.tokenizer import BPETokenizer, WordTokenizer, implementation
 from tinylm.tokenizer.backend import VARIABLE
 
 Call = Callable[[], Any]
+# The reference and tinylm. Before each turn a side makes what is timed, and that is not.
+Sides = tuple[Callable[[], Call], Callable[[], Call]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class Size:
     new_tokens: int = 128
     seconds: float = 2.0  # of taking turns, at least one each
     model: tuple[tuple[str, int], ...] = ()  # fields that differ from the presets'
+
+
+USUAL = Size()
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,13 @@ def about(device: Device) -> dict[str, Any]:
     }
 
 
-def rows(device: Device, size: Size | None = None) -> Iterator[Row]:
+def rows(device: Device) -> Iterator[Row]:
     """Every comparison, as soon as it is made.
 
     Raises:
         TrainingError: two sides do not give the same result.
     """
-    size = size or Size()
+    size = USUAL
     texts = _texts(size.text_bytes)
     yield from _tokenizers(texts, size)
     yield from _kernels(device)
@@ -111,24 +114,34 @@ def rows(device: Device, size: Size | None = None) -> Iterator[Row]:
 
 
 def _tokenizers(texts: list[str], size: Size) -> Iterator[Row]:
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    runs = implementation()[0]
-    kinds: list[tuple[str, Callable[..., Tokenizer], int]] = [
-        ("word", WordTokenizer.train, size.vocab_size),
-        ("BPE", BPETokenizer.train, size.bpe_vocab_size),
+    kinds: list[tuple[str, Call]] = [
+        ("word", partial(WordTokenizer.train, texts, size.vocab_size)),
+        ("BPE", partial(BPETokenizer.train, texts, size.bpe_vocab_size)),
     ]
-    for name, learn, vocab_size in kinds:
-        train = partial(learn, texts, vocab_size)
-        ours, theirs = train(), _in_python(train)
-        _require(ours.vocab == theirs.vocab, f"the two {name} vocabularies")
-        encode, encode_plainly = (partial(_encode, t, texts) for t in (ours, theirs))
-        _require(_same(encode(), encode_plainly()), f"the ids of the two {name} tokenizers")
-        for what, sides in [
-            (f"{name} tokenizer: train, {vocab_size:,} entries", (partial(_in_python, train), train)),
-            (f"{name} tokenizer: encode", (encode_plainly, encode)),
-        ]:
-            reference, best = (megabytes / s for s in _best(sides, size.seconds))
-            yield Row(what, "MB/s", reference, best, runs)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    for name, train in kinds:
+        yield from _tokenizer(f"{name} tokenizer", train, texts, megabytes, size.seconds)
+
+
+def _tokenizer(
+    name: str, train: Call, texts: list[str], megabytes: float, seconds: float
+) -> Iterator[Row]:
+    ours, theirs = train(), _in_python(train)
+    ids, same = (tokenizer.encode_batch(texts)[0] for tokenizer in (ours, theirs))
+    _require(ours.vocab == theirs.vocab, f"{name}: the two vocabularies")
+    _require(np.array_equal(ids, same), f"{name}: the ids of both sides")
+
+    def fresh() -> Call:
+        """Encodes with a copy, which does not remember the pieces of texts it has seen."""
+        return partial(copy.copy(ours).encode_batch, texts)
+
+    sides: Sides = (lambda: partial(_in_python, train)), (lambda: train)
+    runs = implementation()[0]
+    yield _row(
+        f"{name}, train {ours.vocab_size:,} entries", "MB/s", megabytes, sides, seconds, runs
+    )
+    sides = (lambda: _in_python(fresh)), fresh
+    yield _row(f"{name}, encode", "MB/s", megabytes, sides, seconds, runs)
 
 
 def _in_python(call: Call) -> Any:
@@ -136,25 +149,17 @@ def _in_python(call: Call) -> Any:
         return call()
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """By a copy, which does not remember the pieces of earlier turns."""
-    return copy.copy(tokenizer).encode_batch(texts)
-
-
 def _kernels(device: Device) -> Iterator[Row]:
-    """Forward and backward; the error of every implementation is measured against fp64 too."""
-    found = check(device.torch_device)
-    for (operator, case, dtype), group in groupby(found, lambda r: (r.operator, r.case, r.dtype)):
-        results = {result.implementation: result for result in group}
-        for result in results.values():
-            _require(result.ok, f"{result}: the result and its reference")
-        kind = next((r.kind for r in results.values() if r.kind), None)
-        if kind is None or dtype != device.precision:
-            continue  # a variant, or arithmetic that is not trained in here
-        chosen = dispatch.select(operator, device.name, kind).implementation
-        reference = dispatch.IMPLEMENTATIONS[operator][-1]
-        rates = (1000 / results[name].milliseconds for name in (reference, chosen))
-        yield Row(f"{operator}, {case}", "calls/s", *rates, chosen)
+    """Forward and backward; the errors of both sides are measured against fp64."""
+    for case in check.training_cases():
+        found = check.all_implementations(case, device.torch_device, device.dtype)
+        results = {result.implementation: result for result in found}
+        kind = next(result.kind for result in found if result.kind)
+        chosen = dispatch.select(case.operator, device.name, kind).implementation
+        sides = [results[name] for name in (dispatch.IMPLEMENTATIONS[case.operator][-1], chosen)]
+        _require(all(side.ok for side in sides), f"{case.operator} and its reference")
+        slow, fast = (1000 / side.milliseconds for side in sides)
+        yield Row(f"{case.operator}, {case.name}", "calls/s", slow, fast, chosen)
 
 
 def _training(preset: str, ids: np.ndarray, device: Device, size: Size) -> Row:
@@ -171,9 +176,10 @@ def _training(preset: str, ids: np.ndarray, device: Device, size: Size) -> Row:
             plain.one()
 
     tokens = config.batch_size * config.seq_len
-    slow, fast = (tokens / s for s in _best((reference, ours.one), 2 * size.seconds, device))
     what = f"training {preset}, {config.batch_size} windows of {config.seq_len} tokens"
-    return Row(what, "tokens/s", slow, fast, f"{device.precision}, {ours.step.about}")
+    sides = (lambda: reference), (lambda: ours.one)
+    runs = f"{device.precision}, {ours.step.about}"
+    return _row(what, "tokens/s", tokens, sides, 2 * size.seconds, runs, device)
 
 
 class _Training:
@@ -210,46 +216,49 @@ def _generation(device: Device, size: Size) -> Row:
         return [token for (token,) in steps]
 
     _require(generate(True) == generate(False), "the texts with cache and without")
-    calls = partial(generate, False), partial(generate, True)
-    rates = (size.new_tokens / s for s in _best(calls, size.seconds, device))
-    return Row(f"generation, modern, {size.new_tokens} tokens of one text", "tokens/s", *rates, "cache")
+    sides = (lambda: partial(generate, False)), (lambda: partial(generate, True))
+    what = f"generation, modern, {size.new_tokens} tokens of one text"
+    return _row(what, "tokens/s", size.new_tokens, sides, size.seconds, "with a cache", device)
 
 
 # --- what they share -----------------------------------------------------------------------------
 
 
 def _texts(limit: int) -> list[str]:
-    """The first ``limit`` bytes or so of documentation and sources of Python's library."""
-    texts, left = [], limit
-    for text in BuiltinSource().documents():
-        texts.append(text[:left])
-        left -= len(text)
-        if left <= 0:
-            break
-    return texts
+    """The first ``limit`` characters of sources of Python's library."""
+    texts: list[str] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        left = limit - sum(map(len, texts))
+        texts.append(path.read_text("utf-8", "replace")[:left])
+    return [text for text in texts if text]
 
 
-def _best(calls: Sequence[Call], seconds: float, device: Device | None = None) -> list[float]:
-    """Seconds that each call takes, in the best of its turns; each has run once already."""
-    best, end = [float("inf")] * len(calls), time.perf_counter() + seconds
+def _row(
+    what: str,
+    unit: str,
+    amount: float,
+    sides: Sides,
+    seconds: float,
+    runs: str,
+    device: Device | None = None,
+) -> Row:
+    """How much of ``amount`` each side does in a second, in the best of its turns."""
+    best, end = [float("inf")] * 2, time.perf_counter() + seconds
     while True:
-        for i, call in enumerate(calls):
+        for i, side in enumerate(sides):
+            call = side()
             start = time.perf_counter()
             call()
             if device is not None:
-                synchronize(device.torch_device)
+                check.synchronize(device.torch_device)
             best[i] = min(best[i], time.perf_counter() - start)
         if time.perf_counter() >= end:
-            return best
+            return Row(what, unit, amount / best[0], amount / best[1], runs)
 
 
 def _require(same: bool, what: str) -> None:
     if not same:
         raise TrainingError(f"{what} differ: tinylm is wrong here, and was not timed further")
-
-
-def _same(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> bool:
-    return all(map(np.array_equal, a, b))
 
 
 @contextmanager

@@ -127,7 +127,9 @@ class TrainConfig:
 
     logger: str = option("", "also log to tensorboard, wandb, or both (a comma between)")
     log_every: int = option(10, "steps between records in metrics.jsonl")
-    eval_every: int | None = option(None, "steps between evaluations; 20 in a run if unset, fewer if its minutes are few")
+    eval_every: int | None = option(
+        None, "steps between evaluations; 20 in a run if unset, fewer if its minutes are few"
+    )
     eval_tokens: int = option(32_768, "validation tokens used while training; all at the end")
     sample_every: int | None = option(
         None, "steps between samples; 4 in a run if unset, and one before it"

@@ -60,5 +60,6 @@ def build_parser() -> Parser:
     training.add_reproduce(verbs)
     tools.add_tokenize(verbs)
     models.add_export(verbs)
+    tools.add_bench(verbs)
     tools.add_doctor(verbs)
     return parser

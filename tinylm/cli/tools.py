@@ -1,4 +1,4 @@
-"""Commands that need no model: ``tokenize`` and ``doctor``."""
+"""Commands that need no model: ``tokenize``, ``bench`` and ``doctor``."""
 
 import argparse
 import sys
@@ -75,6 +75,33 @@ def _parse_ids(text: str, name: str) -> list[int]:
         return [int(word) for word in text.split()]
     except ValueError as error:
         raise InputError(f"{name} holds something that is not an id: {error}") from None
+
+
+def add_bench(verbs: Any) -> None:
+    text = "time each part on this machine beside its plain reference; takes about a minute"
+    parser = command(verbs, "bench", _bench, text)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from tinylm import bench, kernels
+    from tinylm.device import choose_device
+    from tinylm.files import write_json
+
+    device = choose_device(arguments.device)
+    kernels.prepare(device.torch_device)
+    about, results = bench.about(device), []
+    for name, value in about.items():
+        print(f"{name:10}{value}")
+    print(bench.HEAD)
+    for row in bench.rows(device):
+        print(row, flush=True)
+        results.append(asdict(row) | {"ratio": row.ratio})
+    if arguments.out is not None:
+        write_json(arguments.out, {"about": about, "results": results})
 
 
 def add_doctor(verbs: Any) -> None:
