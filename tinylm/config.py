@@ -5,6 +5,7 @@ The command line is generated from the fields below, so every option is document
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -149,6 +150,11 @@ class TrainConfig:
             "micro_batch_size", "lr", "muon_lr", "log_every", "eval_every", "eval_tokens",
             "sample_every", "keep_checkpoints",
         )  # fmt: skip
+        _not_negative(self, "weight_decay", "clip", "checkpoint_seconds")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, below 1")
+        check_seed(self.seed)
         logger_names(self.logger)
         lengths = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
         if len(lengths) > 1:
@@ -255,8 +261,21 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{name} is {value}; it must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} is {value}; it must be more than 0, and finite")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be at least 0, and finite")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that torch's generators do not take."""
+    if not 0 <= seed < 1 << 62:
+        raise InputError(f"seed is {seed}; it must be at least 0 and below 2**62")
 
 
 def _one_of(config: Any, name: str, *allowed: str) -> None:

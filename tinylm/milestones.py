@@ -103,8 +103,10 @@ def validate(
 def draw_samples(model: Transformer, dataset: Dataset, config: TrainConfig) -> list[str]:
     """Texts that go on from the beginnings of a few validation documents."""
     lm = LanguageModel(model.eval(), dataset.tokenizer, config)
-    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=config.seed)
-    texts = [lm.continue_ids(prompt, sampling) for prompt in _prompts(dataset)]
+    texts = []
+    for i, prompt in enumerate(_prompts(dataset)):
+        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=config.seed + i)
+        texts.append(lm.continue_ids(prompt, sampling))
     model.train()
     return texts
 

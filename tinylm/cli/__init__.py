@@ -26,12 +26,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"tinylm: {error}", file=sys.stderr)
         return FAILED
+    except (RuntimeError, MemoryError) as error:
+        if not (reason := _memory_told(error)):
+            raise
+        print(f"tinylm: {reason}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `tinylm … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _memory_told(error: Exception) -> str | None:
+    """What to say of memory that ran out elsewhere than in a training step, which knows more."""
+    from tinylm.memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"out of memory ({reason}); a smaller model, vocabulary or batch takes less"
 
 
 def _log_to_stderr() -> None:
