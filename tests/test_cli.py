@@ -58,6 +58,18 @@ def test_help(command: str, capsys: Any) -> None:
     assert f"usage: tinylm {command}" in capsys.readouterr().out
 
 
+def test_help_names_the_defaults(capsys: Any) -> None:
+    for command, expected in [
+        ("train", "windows in a batch B (default 16)"),
+        ("train", "or the path of a tokenizer.json (default bpe)"),
+        ("reproduce", "or the path of a tokenizer.json (default word)"),
+        ("train", "(default 0.005)"),
+        ("train", "seed of initial weights, order of data and samples (default 0)"),
+    ]:
+        run(command, "--help")
+        assert expected in " ".join(capsys.readouterr().out.split())
+
+
 def test_nothing_heavy_is_imported_until_it_is_used() -> None:
     code = (
         "import sys, tinylm, tinylm.cli; tinylm.cli.build_parser().format_help(); "

@@ -90,7 +90,8 @@ class TrainConfig:
     stride: int | None = option(None, "distance between window starts; seq_len if unset")
     batch_size: int = option(16, "windows in a batch B")
     micro_batch_size: int | None = option(
-        None, "windows computed at once; lower it when memory runs out, the result stays the same"
+        None,
+        "windows computed at once; with fewer, less memory and the same result but for rounding",
     )
 
     embedding_init: Literal["cooccurrence", "random"] = option(

@@ -23,13 +23,20 @@ def command(verbs: Any, name: str, run: Callable[[Any], int | None], help: str) 
     return parser
 
 
-def add_fields(parser: Any, cls: type, only: Sequence[str] = ()) -> None:
-    """An option for each field of a configuration class that has a help text."""
+def add_fields(parser: Any, cls: type, only: Sequence[str] = (), **defaults: Any) -> None:
+    """An option for each field of a configuration class that has a help text.
+
+    An option that is not given is None, and the field has its default, which the help names;
+    ``defaults`` are those that the command changes.
+    """
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if "help" not in field.metadata or (only and field.name not in only):
             continue
-        option: dict[str, Any] = {"help": field.metadata["help"], "default": None}
+        default = defaults.get(field.name, field.default)
+        unnamed = isinstance(default, bool) or default in (None, "")
+        shown = "" if unnamed else f" (default {default})"
+        option: dict[str, Any] = {"help": field.metadata["help"] + shown, "default": None}
         kind = hints[field.name]
         if get_origin(kind) is Union or type(kind).__name__ == "UnionType":
             kind = next(t for t in get_args(kind) if t is not type(None))

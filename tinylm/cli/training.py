@@ -33,7 +33,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def add_train(verbs: Any) -> None:
     parser = command(verbs, "train", _train, "train a model; prepares the data if needed")
-    parser.add_argument("--preset", metavar="NAME", default=None, help=", ".join(PRESETS))
+    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default modern)")
+    parser.epilog = "Defaults are those of modern; the other presets change some."
     parser.add_argument("--resume", metavar="RUN", help="go on with a run as it began")
     parser.add_argument("--fresh", action="store_true", help="replace what the run folder holds")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the run folder")
@@ -91,7 +92,7 @@ def add_reproduce(verbs: Any) -> None:
     parser.add_argument("--out", default="runs/reproduce", metavar="FOLDER")
     parser.add_argument("--fresh", action="store_true", help="train again what is finished")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the table")
-    add_fields(parser.add_argument_group("data"), DataConfig)
+    add_fields(parser.add_argument_group("data"), DataConfig, tokenizer="word")
     add_fields(parser.add_argument_group("training"), TrainConfig, only=SHARED_BY_PRESETS)
 
 
