@@ -14,7 +14,7 @@ from conftest import SMALL, make_documents, write_jsonl
 
 from tinylm.cli import build_parser, main
 
-COMMANDS = "prepare train generate chat next eval reproduce tokenize export doctor".split()
+COMMANDS = "prepare train generate chat next eval reproduce tokenize export bench doctor".split()
 
 
 def run(*arguments: object) -> int:
@@ -56,6 +56,18 @@ def test_train_options() -> None:
 def test_help(command: str, capsys: Any) -> None:
     assert run(command, "--help") == 0
     assert f"usage: tinylm {command}" in capsys.readouterr().out
+
+
+def test_help_names_the_defaults(capsys: Any) -> None:
+    for command, expected in [
+        ("train", "windows in a batch B (default 16)"),
+        ("train", "or the path of a tokenizer.json (default bpe)"),
+        ("reproduce", "or the path of a tokenizer.json (default word)"),
+        ("train", "(default 0.005)"),
+        ("train", "seed of initial weights, order of data and samples (default 0)"),
+    ]:
+        run(command, "--help")
+        assert expected in " ".join(capsys.readouterr().out.split())
 
 
 def test_nothing_heavy_is_imported_until_it_is_used() -> None:
@@ -300,6 +312,10 @@ TRAIN = ["train", *SMALL_FLAGS, "--steps", "3"]
         (["--text-field", "body"], "body"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--lr", "0"], "lr is 0.0; it must be more than 0"),
+        (["--lr", "inf"], "lr is inf; it must be more than 0, and finite"),
+        (["--clip", "-1"], "clip is -1.0; it must be at least 0"),
+        (["--beta2", "1"], "beta2 is 1.0; it must be at least 0, below 1"),
+        (["--seed", "-1"], "seed is -1; it must be at least 0"),
         (["--warmup", "0.8"], "together at most 1"),
     ],
 )
@@ -361,11 +377,51 @@ def test_bad_models(trained: Path, tmp_path: Path, capsys: Any) -> None:
         assert message in refused(capsys, "generate", copy, "they")
     assert "no word that the model knows" in refused(capsys, "generate", trained, "xyzzy")
     assert "top_p is 2.0" in refused(capsys, "generate", trained, "they", "--top-p", "2")
+    assert "penalty is inf" in refused(
+        capsys, "generate", trained, "they", "--repetition-penalty", "inf"
+    )
+    assert "seed is 9999" in refused(capsys, "generate", trained, "they", "--seed", "9" * 30)
+    for context in (0, -5):
+        assert f"context is {context}; it must be" in refused(
+            capsys, "eval", trained, "--context", context
+        )
+    assert "a part of that path is a file" in refused(
+        capsys, "export", trained, "--out", trained / "config.json" / "hf"
+    )
     assert "k is 0" in refused(capsys, "next", trained, "they", "--top", "0")
     assert "no such file" in refused(capsys, "tokenize", trained, tmp_path / "none.txt")
     assert "it takes only --logger, --log-every" in refused(
         capsys, "train", "--resume", trained, "--lr", "1"
     )
+
+
+def test_a_text_too_short_for_an_overlap_is_evaluated(
+    trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "short.txt").write_text("They were not there.")
+    assert run("eval", trained, "--data", tmp_path / "short.txt", "--device", "cpu") == 0
+    assert "overlap" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "tinylm: out of memory (MemoryError); a smaller model"),
+        (RuntimeError("can't allocate memory: 9 bytes\nat some place"), "9 bytes); a smaller"),
+    ],
+)
+def test_out_of_memory_anywhere_is_one_line(
+    trained: Path, capsys: Any, monkeypatch: Any, error: Exception, said: str
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tinylm.lm.load", full)
+    assert run("next", trained, "they") == 1
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr("tinylm.lm.load", lambda *args, **options: {}["bug"])
+    with pytest.raises(KeyError):  # a bug stays one
+        run("next", trained, "they")
 
 
 def test_unknown_commands_and_options(capsys: Any) -> None:

@@ -16,7 +16,9 @@ from conftest import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import assert_same_run, records
+from torch.distributed import TCPStore
 
+from tinylm import distributed
 from tinylm.checkpoint import CheckpointFolder
 from tinylm.config import TrainConfig
 from tinylm.data.windows import WindowSampler
@@ -91,6 +93,27 @@ def test_what_processes_tell_each_other() -> None:
     assert [p.returncode for p in processes] == [1, 1], err0 + err1
     assert "ZeroDivisionError" in err0
     assert "Traceback" not in err1  # rank 0 has said it
+
+
+def test_each_start_has_names_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts its processes again beside the store that the dead ones wrote into."""
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port), "RANK": "0", "WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    for name, value in shared.items():
+        monkeypatch.setenv(name, value)
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        store = distributed._store()
+        assert not store.check(["address"])
+        store.set("address", "of a process that will die")
+        assert distributed._store().check(["address"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert not distributed._store().check(["address"])
+    kept.set("address", "of a process of either machine")
+    assert distributed._store().check(["address"])
 
 
 def torchrun(options: dict[str, Any]) -> "subprocess.Popen[str]":

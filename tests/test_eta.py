@@ -4,10 +4,12 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from runs import records
 
 from tinylm import run as run_module
 from tinylm import trainer as trainer_module
@@ -66,7 +68,7 @@ def test_the_time_left_is_right_within_a_tenth(
     clock.takes(Trainer, "_train_step", step)
     precise = iter([7.0])  # the first evaluation is in fp32, as the last is
     clock.takes(Trainer, "_evaluate", lambda: next(precise, 4.0))
-    clock.takes(Trainer, "_sample", lambda: 1.0)
+    clock.takes(Trainer, "_sample", lambda: 12.0)  # too much not to be known from the start
     clock.takes(Trainer, "save_checkpoint", lambda: 1.0)
     tokens = 256  # of the validation split, in each evaluation but the last
     config = small_run(eval_tokens=tokens, checkpoint_seconds=20.0, log_every=50, **length, **every)
@@ -84,6 +86,26 @@ def test_the_time_left_is_right_within_a_tenth(
     for share, now, left in checked:
         true = clock.now - now
         assert abs(left - true) <= max(0.1 * true, 0.01 * total), (share, left, true)
+
+
+@pytest.mark.parametrize(("minutes", "evaluations"), [(1.0, (3, 4)), (60.0, (21, 21))])
+def test_evaluations_leave_a_short_run_its_time(
+    small_run: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    minutes: float,
+    evaluations: tuple[int, int],
+) -> None:
+    clock = Clock(monkeypatch)
+    clock.takes(Trainer, "_train_step", lambda: minutes)
+    clock.takes(Trainer, "_evaluate", lambda: 2.0)
+    clock.takes(Trainer, "_sample", lambda: 0.5)
+    train(small_run(steps=None, minutes=minutes), quiet=True)
+    least, most = evaluations
+    assert least <= len(records(tmp_path / "run", "valid_loss")) <= most
+    assert len(records(tmp_path / "run", "samples")) >= 2  # at both ends
+    in_steps = records(tmp_path / "run", "loss")[-1]["step"] * minutes
+    assert in_steps >= 0.9 * 60 * minutes - 2.5 - minutes  # the last ones have to be
 
 
 def test_a_resumed_run_knows_only_its_own_session(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from tinylm.report import result_lines
 EOS, UNK = 1, 0
 
 
-def make(preset: str) -> Transformer:
-    config = replace(TrainConfig.from_preset(preset).model, vocab_size=20, max_seq_len=16)
+def make(preset: str, **options: Any) -> Transformer:
+    preset_model = TrainConfig.from_preset(preset).model
+    config = replace(preset_model, vocab_size=20, max_seq_len=16, **options)
     model = Transformer(config, seed=1)
     with torch.no_grad():
         for p in model.parameters():
@@ -39,9 +41,18 @@ def slow_losses(model: Transformer, stream: np.ndarray, seq_len: int) -> list[to
     return out
 
 
-@pytest.mark.parametrize("preset", ["notebook", "causal", "modern"])
-def test_evaluate_matches_one_token_at_a_time(preset: str) -> None:
-    model = make(preset)
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("notebook", {}),  # one layer: a mask hides the future from it
+        ("notebook", {"n_layers": 2}),  # two: the second sees it through the first
+        ("notebook", {"positions": "rope", "qk_norm": True, "pre_norm": True}),
+        ("causal", {}),
+        ("modern", {}),
+    ],
+)
+def test_evaluate_matches_one_token_at_a_time(preset: str, options: dict[str, Any]) -> None:
+    model = make(preset, **options)
     totals = evaluate(model, STREAM, eos_id=EOS, unk_id=UNK, seq_len=8)
     logits = slow_losses(model, STREAM, 8)
     nats = [

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from tinylm import metrics as metrics_module
 from tinylm.metrics import MetricsFile, plot_loss, plot_runs, write_samples
 from tinylm.progress import duration
 
@@ -28,6 +29,25 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     metrics.append({"step": 2})
     assert [r["step"] for r in metrics.records()] == [1, 2]
     assert list(MetricsFile(tmp_path / "none.jsonl").records()) == []
+
+
+def test_damaged_lines_cost_only_themselves(tmp_path: Path) -> None:
+    """Whatever bit of the file is another one, the run can go on, and be drawn."""
+    metrics = make(
+        tmp_path / "m.jsonl",
+        {"step": 0, "valid_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 2, "samples": ["a b"]},
+    )  # fmt: skip
+    whole = metrics.path.read_bytes()
+    for position in range(len(whole)):
+        for bit in (0, 4, 6):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            metrics.path.write_bytes(damaged)
+            assert len(list(metrics.records())) >= 1
+            metrics.drop_after(10**9)
+            write_samples(metrics, tmp_path / "samples.txt")
+            for x in ("tokens", "elapsed"):
+                metrics_module._points(list(metrics.records()), x, "loss")
 
 
 def test_samples_stand_under_their_step(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def test_presets_side_by_side(corpus: Path, tmp_path: Path, capsys: Any) -> None
     for row, evaluation in zip(rows.values(), evaluated, strict=True):
         assert row["loss"] == evaluation["loss"]
         assert row["bits_per_byte"] == evaluation["bits_per_byte"]
-        assert len(row["samples"]) == 3
+        assert len(set(row["samples"])) == 3
+        assert len({" ".join(text.split()[-10:]) for text in row["samples"]}) == 3  # not one draw
     assert rows["notebook"]["leaked_loss"] == evaluated[0]["leaked_loss"]
     assert rows["causal"]["leaked_loss"] is None
     assert rows["modern"]["full_prefix_loss"] == pytest.approx(rows["modern"]["loss"], rel=0.1)
@@ -57,7 +58,13 @@ def test_presets_side_by_side(corpus: Path, tmp_path: Path, capsys: Any) -> None
     assert counted["trigram"]["loss"] < counted["unigram"]["loss"]
     written = (out / "report.md").read_text(encoding="utf-8")
     assert shown.strip() in written
-    for part in ("| `notebook` |", "| trigram (counting alone) |", "16,384 tokens each", "> "):
+    for part in (
+        "| `notebook` |",
+        "| trigram (counting alone) |",
+        "16,384 tokens each",
+        "> ",
+        "256 (`modern`)",
+    ):
         assert part in written
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert load_config(out / "notebook").data == load_config(out / "modern").data

@@ -5,6 +5,7 @@ The command line is generated from the fields below, so every option is document
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -89,7 +90,8 @@ class TrainConfig:
     stride: int | None = option(None, "distance between window starts; seq_len if unset")
     batch_size: int = option(16, "windows in a batch B")
     micro_batch_size: int | None = option(
-        None, "windows computed at once; lower it when memory runs out, the result stays the same"
+        None,
+        "windows computed at once; with fewer, less memory and the same result but for rounding",
     )
 
     embedding_init: Literal["cooccurrence", "random"] = option(
@@ -127,10 +129,12 @@ class TrainConfig:
 
     logger: str = option("", "also log to tensorboard, wandb, or both (a comma between)")
     log_every: int = option(10, "steps between records in metrics.jsonl")
-    eval_every: int | None = option(None, "steps between evaluations; about 20 in a run if unset")
+    eval_every: int | None = option(
+        None, "steps between evaluations; 20 in a run if unset, fewer if its minutes are few"
+    )
     eval_tokens: int = option(32_768, "validation tokens used while training; all at the end")
     sample_every: int | None = option(
-        None, "steps between samples; with every 5th evaluation if unset"
+        None, "steps between samples; 4 in a run if unset, and one before it"
     )
     checkpoint_seconds: float = option(60.0, "seconds between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints kept")
@@ -147,6 +151,11 @@ class TrainConfig:
             "micro_batch_size", "lr", "muon_lr", "log_every", "eval_every", "eval_tokens",
             "sample_every", "keep_checkpoints",
         )  # fmt: skip
+        _not_negative(self, "weight_decay", "clip", "checkpoint_seconds")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, below 1")
+        check_seed(self.seed)
         logger_names(self.logger)
         lengths = [n for n in ("steps", "epochs", "minutes") if getattr(self, n) is not None]
         if len(lengths) > 1:
@@ -253,8 +262,21 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise InputError(f"{name} is {value}; it must be more than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} is {value}; it must be more than 0, and finite")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} is {value}; it must be at least 0, and finite")
+
+
+def check_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that torch's generators do not take."""
+    if not 0 <= seed < 1 << 62:
+        raise InputError(f"seed is {seed}; it must be at least 0 and below 2**62")
 
 
 def _one_of(config: Any, name: str, *allowed: str) -> None:

@@ -195,7 +195,13 @@ def joined() -> Iterator[World]:
     ours = not dist.is_initialized()
     gpu = torch.cuda.is_available() and dist.is_nccl_available()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            timeout=PATIENCE,
+            store=_store(),
+            rank=world.rank,
+            world_size=world.size,
+        )
     failed = True
     try:
         yield world
@@ -204,6 +210,22 @@ def joined() -> Iterator[World]:
         # NCCL would wait for work that the others, after an error, never take part in.
         if ours and not (failed and gpu):
             _leave()
+
+
+def _store() -> Any:
+    """Where the processes find each other's addresses.
+
+    torchrun keeps it when it starts them again (``--max-restarts``, torch 2.13), and the new ones
+    would find the addresses of the dead: each start gets names of its own. Several machines
+    count their starts apart, so there it stays as it is.
+    """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
+
+    store, *_ = next(rendezvous("env://", timeout=PATIENCE))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return PrefixStore(f"start {start}", store) if alone else store
 
 
 def _leave() -> None:

@@ -23,6 +23,7 @@ def lines(device: str = "auto") -> Iterator[str]:
     """The report of ``tinylm doctor``, line by line."""
     import torch
 
+    chosen = choose_device(device)
     yield f"tinylm        {__version__}"
     yield f"python        {platform.python_version()} on {platform.platform()}"
     for package in (*PACKAGES, "zstandard"):
@@ -30,7 +31,6 @@ def lines(device: str = "auto") -> Iterator[str]:
     yield ""
     yield f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads, {_cpu()}"
     yield f"cuda          {_cuda()}"
-    chosen = choose_device(device)
     yield f"device        {chosen}"
     yield ""
     name, why = implementation()

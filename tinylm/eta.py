@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+MOST_INTERRUPTED = 0.1  # of a session limited by time
+
 
 class Eta:
     """Times steps and what interrupts them apart, since the mix of both changes during a run.
@@ -15,7 +17,7 @@ class Eta:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+        self._clock, self._start = clock, clock()
         self._interrupted = 0.0  # seconds of all interruptions
         self._spent: dict[str, list[float]] = {}  # kind -> seconds of each interruption
         self._begin: tuple[float, float] | None = None  # share done and clock after the first step
@@ -28,6 +30,11 @@ class Eta:
         seconds = self._clock() - start
         self._interrupted += seconds
         self._spent.setdefault(kind, []).append(seconds)
+
+    def has_room(self, *kinds: str) -> bool:
+        """Whether another interruption, of a `cost`, leaves nine tenths of the time to steps."""
+        session = self._clock() - self._start
+        return self._interrupted + self.cost(*kinds) <= MOST_INTERRUPTED * session
 
     def steps(self, share: float) -> float | None:
         """Seconds for the steps from ``share`` (0 … 1) of the run to its end; call it after each.

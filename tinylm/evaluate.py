@@ -1,16 +1,17 @@
 """Honest evaluation: loss, accuracy, and bits per byte that charge for every unknown word."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tinylm.device import Device
-from tinylm.model import Transformer
+from tinylm.model import Attention, Transformer
 
 IGNORE = -100
 # Rows of logits alive at once: more leave a processor's cache; a GPU wants larger products.
@@ -102,11 +103,12 @@ def evaluate(
         seq_len: window length, ``max_seq_len`` if None.
         limit: evaluate only about this many tokens, spread evenly.
         device: where and in which precision to run; fp32 where the model is if None.
-        prefix_only: for a model without causal mask, hide the future by computing each position
-            anew from its prefix. False gives the leaked figure: inputs then contain the targets.
+        prefix_only: for a model without causal mask, hide the future: each position is computed
+            from its prefix. False gives the leaked figure: inputs then contain the targets.
     """
     training = model.training
     model.eval()
+    shown = _masked(model) if prefix_only and model.config.n_layers == 1 else model
     seq_len = min(seq_len or model.config.max_seq_len, max(1, len(ids)))
     inputs, targets = windows(ids, seq_len, eos_id, limit)
     where = next(model.parameters()).device
@@ -115,7 +117,7 @@ def evaluate(
         part = slice(start, start + batch)
         x_BT, y_BT = _sent(inputs[part], where), _sent(targets[part], where)
         with device.autocast() if device else _fp32(where):
-            for h_NC, positions in _positions(model, x_BT, prefix_only):
+            for h_NC, positions in _positions(shown, x_BT, prefix_only):
                 # Only the end of the last window is padded.
                 count = int((targets[part][:, positions] != IGNORE).sum())
                 sums.add(h_NC[:count], y_BT[:, positions].flatten()[:count])
@@ -167,6 +169,21 @@ def _sent(ids: np.ndarray, where: torch.device) -> Tensor:
 
 def _fp32(where: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(where.type, enabled=False)
+
+
+def _masked(model: Transformer) -> Transformer:
+    """The same weights with a causal mask.
+
+    A model of one layer then computes what it would from each prefix alone: its keys and values
+    are those of single tokens, which no later token changes.
+    """
+    if model.config.causal:
+        return model
+    masked = copy.deepcopy(model)
+    for part in masked.modules():
+        if isinstance(part, Transformer | Attention):
+            part.config = replace(part.config, causal=True)
+    return masked
 
 
 def _positions(

@@ -26,7 +26,7 @@ def default_cache_dir() -> Path:
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns a full or read-only disk into an `InputError` that names ``path``."""
+    """Turns a full, read-only or impossible place into an `InputError` that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -35,6 +35,9 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.EACCES: "permission denied; choose another folder",
+            errno.ENOENT: "no folder can be made there; choose another one",
+            errno.ENOTDIR: "a part of that path is a file; choose another folder",
+            errno.EISDIR: "that is a folder; choose another name",
         }
         if error.errno not in reasons:
             raise

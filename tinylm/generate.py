@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tinylm.config import check_seed
 from tinylm.errors import InputError
 from tinylm.model import KVCache, Transformer
 
@@ -44,8 +45,10 @@ class Sampling:
             raise InputError(f"top_k is {self.top_k}; it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < float("inf"):
             raise InputError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if self.seed is not None:
+            check_seed(self.seed)
 
 
 def distribution(logits_V: Tensor, seen: Sequence[int], sampling: Sampling) -> Tensor:

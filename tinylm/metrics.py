@@ -4,12 +4,14 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tinylm.files import atomic_write, disk_errors
 
 Record = dict[str, Any]
+FEW_POINTS = 20
 
 
 class MetricsFile:
@@ -34,15 +36,15 @@ class MetricsFile:
         self.follow(record)
 
     def records(self) -> Iterator[Record]:
-        """All whole records; a last line cut short by a kill is left out."""
+        """All whole records; a line cut short by a kill, or damaged, is left out."""
         if not self.path.exists():
             return
         with open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                try:
-                    yield json.loads(line)
-                except ValueError:  # not yet, or never, written to its end
-                    continue
+                with suppress(ValueError):  # not yet, or never, written to its end
+                    record = json.loads(line)
+                    if isinstance(record, dict) and isinstance(record.get("step"), int):
+                        yield record
 
     def drop_after(self, step: int) -> None:
         """Forgets what came after ``step``: a run resumed there will say it again."""
@@ -74,7 +76,7 @@ def write_samples(metrics: MetricsFile, path: str | os.PathLike[str]) -> None:
 def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) -> None:
     """``loss.png``: training and validation loss against tokens seen."""
     records = list(metrics.records())
-    train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    train = _points(records, "tokens", "loss")
     figure, axes = _axes("training tokens", "loss (nats per token)", title)
     shown = list(train)
     if train:
@@ -84,7 +86,7 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
         ("valid_loss", "validation", "C1"),
         ("valid_leaked_loss", "validation, leaked (the input holds the target)", "C3"),
     ):
-        points = [(r["tokens"], r[key]) for r in records if key in r]
+        points = _points(records, "tokens", key)
         if points:
             axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=color, label=label)
             shown += points
@@ -114,15 +116,17 @@ def plot_runs(
     figure, axes = _axes("minutes of training", "validation loss (nats per token)", title)
     shown: list[tuple[float, float]] = []
     for i, (label, metrics) in enumerate(runs.items()):
-        records = [r for r in metrics.records() if "valid_loss" in r]
+        records = list(metrics.records())
         for key, style, suffix in (
-            ("valid_loss", "-", ""),
-            ("valid_leaked_loss", "--", ", leaked"),
+            ("valid_loss", "o-", ""),
+            ("valid_leaked_loss", "o--", ", leaked"),
         ):
-            points = [(r["elapsed"] / 60, r[key]) for r in records if key in r]
+            points = [(seconds / 60, loss) for seconds, loss in _points(records, "elapsed", key)]
             if points:
                 text = f"{label}{suffix}: {points[-1][1]:.2f}"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=text)
+                axes.plot(
+                    *zip(*points, strict=True), style, markersize=3, color=f"C{i}", label=text
+                )
                 shown += points
     end = max((x for x, _ in shown), default=0.0)
     for i, (label, loss) in enumerate((levels or {}).items()):
@@ -133,11 +137,20 @@ def plot_runs(
     _save(figure, axes, path)
 
 
+def _points(records: list[Record], x: str, y: str) -> list[tuple[float, float]]:
+    """Of the records that have both; a skipped step's loss may be null."""
+    points = [(record.get(x), record.get(y)) for record in records]
+    return [(a, b) for a, b in points if a is not None and b is not None]
+
+
 def _leave_out_the_fall(axes: Any, points: list[tuple[float, float]]) -> None:
-    """Cuts the axis above all but the first fiftieth, whose steep fall would hide the rest."""
+    """Cuts the axis above all but the first fiftieth, whose steep fall would hide the rest.
+
+    Where there is no rest to speak of, everything is shown.
+    """
     end = max((x for x, _ in points), default=0.0)
     later = [y for x, y in points if x > end / 50]
-    if later:
+    if len(later) >= FEW_POINTS:
         low, high = min(later), max(later)
         axes.set_ylim(low - 0.1 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
 
@@ -161,7 +174,7 @@ def _save(figure: Any, axes: Any, path: str | os.PathLike[str]) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Mean over a centred window of about a twenty-fifth of the run."""
     reach = len(points) // 50
     out = []

@@ -13,8 +13,9 @@ from tinylm.generate import Sampling
 from tinylm.lm import LanguageModel
 from tinylm.model import Transformer
 
-EVALUATIONS = 20  # in a run, unless eval_every says otherwise
-SAMPLES = 4  # in a run, unless sample_every says otherwise
+# In a run, after those it begins with, unless eval_every and sample_every say otherwise. Where
+# the clock ends the run, fewer, if they would take too much of its time.
+EVALUATIONS, SAMPLES = 20, 4
 SAMPLE_TOKENS = 40
 SAMPLE_PROMPTS = 3
 
@@ -35,11 +36,17 @@ class Milestones:
 
     def evaluation_due(self, step: int, share_before: float, share: float) -> bool:
         """After ``step``, which took the run from one share (0 … 1) to the next."""
-        return self._due(self._config.eval_every, EVALUATIONS, step, share_before, share)
+        due = self._due(self._config.eval_every, EVALUATIONS, step, share_before, share)
+        return due and self._affordable(self._config.eval_every, share, "evaluation")
 
     def sample_due(self, step: int, share_before: float, share: float) -> bool:
         """As `evaluation_due`."""
-        return self._due(self._config.sample_every, SAMPLES, step, share_before, share)
+        due = self._due(self._config.sample_every, SAMPLES, step, share_before, share)
+        return due and self._affordable(self._config.sample_every, share, "sample")
+
+    def _affordable(self, every: int | None, share: float, kind: str) -> bool:
+        asked = every is not None or self._config.minutes is None or share >= 1.0
+        return asked or self._eta.has_room(kind, "first evaluation")
 
     @staticmethod
     def _due(every: int | None, times: int, step: int, share_before: float, share: float) -> bool:
@@ -96,8 +103,10 @@ def validate(
 def draw_samples(model: Transformer, dataset: Dataset, config: TrainConfig) -> list[str]:
     """Texts that go on from the beginnings of a few validation documents."""
     lm = LanguageModel(model.eval(), dataset.tokenizer, config)
-    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=config.seed)
-    texts = [lm.continue_ids(prompt, sampling) for prompt in _prompts(dataset)]
+    texts = []
+    for i, prompt in enumerate(_prompts(dataset)):
+        sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, seed=config.seed + i)
+        texts.append(lm.continue_ids(prompt, sampling))
     model.train()
     return texts
 

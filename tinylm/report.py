@@ -40,6 +40,8 @@ def evaluate_dataset(
         ``tokens``, ``bytes``, ``context`` and, where known, ``overlap``. ``bits_per_byte`` is
         None for a part of a text and where unknown words cannot be charged for.
     """
+    if seq_len is not None and seq_len < 1:
+        raise InputError(f"context is {seq_len}; it must be at least 1")
     seq_len = seq_len or lm.config.seq_len
     options: dict[str, Any] = {
         "eos_id": lm.tokenizer.eos_id,
@@ -52,8 +54,9 @@ def evaluate_dataset(
     result = _rates(totals, dataset)
     size = dataset.meta["splits"]["valid"]["normalised_bytes"]
     result |= {"tokens": totals.tokens, "bytes": size, "context": seq_len}
-    if dataset.meta.get("overlap") is not None:
-        result["overlap"] = dataset.meta["overlap"]["share"]
+    overlap = dataset.meta.get("overlap")
+    if overlap is not None and overlap["share"] is not None:  # of a text not too short for it
+        result["overlap"] = overlap["share"]
     if not lm.model.config.causal:
         leaked = evaluate(lm.model, ids, prefix_only=False, **options)
         result |= {"leaked_loss": leaked.loss, "leaked_top1": leaked.top1 / leaked.tokens}

@@ -43,7 +43,8 @@ EXPLANATION = """\
 - **prefix-only loss**: of {full_prefix_tokens:,} validation tokens, each predicted from a whole
   window before it, with nothing after it in sight.
 - **honest loss**, top-1 and bits per byte: of all {valid_tokens:,} validation tokens, each
-  predicted from what stands before it in its window, with the weights that did best.
+  predicted from what stands before it in its window, with the weights that did best. Windows
+  are of {windows} tokens.
 - Time is that of training, with the evaluations on the way. Losses are nats per token.
 """
 
@@ -178,6 +179,10 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _windows(report: dict[str, Any]) -> str:
+    return ", ".join(f"{row['context']} (`{name}`)" for name, row in report["presets"].items())
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     cells = []
     for key, (_, form) in COLUMNS.items():
@@ -194,7 +199,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"# The notebook and honest models: {_budget(report)}",
         f"Text: {report['data']}; vocabulary: {report['vocabulary']}.",
         table(report),
-        EXPLANATION.format(**report),
+        EXPLANATION.format(windows=_windows(report), **report).strip(),
         "![validation losses](report.png)",
         "## Samples at the end of training",
     ]

@@ -171,9 +171,11 @@ class Trainer:
         self._session_start = self._last_checkpoint = time.monotonic()
         before = self.state.elapsed
         if self.world.is_main and math.isinf(self.state.best_loss):
-            # As precise, and as slow, as the last: this tells how long that will take.
+            # As precise, and as slow, as the last: so it is known how long those to come take.
             with self.eta.interruption("first evaluation"):
                 self._evaluate(precise=True)
+            with self.eta.interruption("sample"):
+                self._sample()
         self.step.begin(self.state.step, self.watch.skipped_until(self.state.step))
         with stop_requests(self.progress.say) as request:
             while self.share < 1.0:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tinylm import kernels
+from tinylm.config import TrainConfig
 from tinylm.device import choose_device
 from tinylm.kernels import dispatch
 from tinylm.kernels.attention import call_kind as attention_kind
@@ -169,6 +170,22 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
         yield _attention(8, 1024, 1024, 128, heads)
     T, D = (40, 16) if interpreting else (100, 32)
     yield Case("rotary", f"T {T}, D {D}", ((2, 2, T, D),), partial(_rotary, T, D))
+
+
+def training_cases() -> list[Case]:
+    """What a training step of ``modern`` and ``causal`` spends its time in, at their shapes."""
+    cases = [_head(1024, 10_000, 128)]  # of fewer rows than theirs: in fp64 they take long
+    for preset in ("modern", "causal"):
+        run = TrainConfig.from_preset(preset)
+        B, T, model = run.batch_size, run.seq_len, run.model
+        cases.append(_attention(B, T, T, model.head_dim, (model.n_heads, model.kv_heads)))
+        cases.append(_norm(f"{model.norm}_norm", B * T, model.d_model))
+    return cases
+
+
+def all_implementations(case: Case, device: torch.device, dtype: torch.dtype) -> list[Result]:
+    """The error and time of every implementation that can run on the device."""
+    return list(_results(case, device, dtype, full=True))
 
 
 def _batch(T: int, gpu: bool) -> int:
