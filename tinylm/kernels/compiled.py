@@ -1,0 +1,299 @@
+"""The operators' C++ kernels for CPUs (``csrc/simd/training.hpp``): each makes one pass of several.
+
+They are registered with torch like any others, so autograd, torch.compile and opcheck know them.
+Here is checked what C++ only gets as addresses. Variants for AVX-512 with bf16, for AVX2 and for
+any processor are chosen when they are called.
+"""
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylm.kernels.dispatch import dtype_name
+
+# What is summed over a vector's words of two bf16 comes in vectors of the processor's.
+HEAD_DIM_STEP = 32
+
+
+@cache
+def extension() -> tuple[ModuleType | None, str]:
+    """``tinylm._C``, or None and why it is not there."""
+    try:
+        from tinylm import _C
+    except ImportError as error:
+        return None, f"the compiled extension does not import ({error})"
+    return _C, ""
+
+
+def refusal(*tensors: Tensor | None) -> str | None:
+    """Why no kernel here takes these numbers; None if one does."""
+    for x in tensors:
+        if x is not None and (x.device.type != "cpu" or x.dtype not in _DTYPES):
+            return f"of {dtype_name(x.dtype)} on {x.device.type}; it takes bf16 and fp32 on a CPU"
+    return None
+
+
+_DTYPES = torch.bfloat16, torch.float32
+
+
+def _kernel(name: str, x: Tensor | None = None) -> Any:
+    module, missing = extension()
+    assert module is not None, missing
+    return getattr(module, name if x is None else f"{name}_{dtype_name(x.dtype)}")
+
+
+# --- cross-entropy -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tinylm::exponentials_", mutates_args=("x_RV",), device_types="cpu")
+def exponentials_(x_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """In place ``exp(x - top)``; top_R and sum_R, fp32, of the exponentials before rounding."""
+    assert x_RV.is_contiguous()
+    top_R, sum_R = (x_RV.new_empty(len(x_RV), dtype=torch.float32) for _ in range(2))
+    addresses = x_RV.data_ptr(), *x_RV.shape, top_R.data_ptr(), sum_R.data_ptr()
+    _kernel("exponentials", x_RV)(*addresses, torch.get_num_threads())
+    return top_R, sum_R
+
+
+@exponentials_.register_fake
+def _(x_RV: Tensor) -> tuple[Tensor, Tensor]:
+    top_R, sum_R = (x_RV.new_empty(len(x_RV), dtype=torch.float32) for _ in range(2))
+    return top_R, sum_R
+
+
+# --- SwiGLU --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tinylm::swiglu", mutates_args=(), device_types="cpu")
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(gate) · value`` of x = (gate, value) along the last dimension (Shazeer 2020)."""
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    _kernel("swiglu", x)(x.data_ptr(), out.data_ptr(), *_rows(out), torch.get_num_threads())
+    return out
+
+
+@swiglu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+@torch.library.custom_op("tinylm::swiglu_backward", mutates_args=(), device_types="cpu")
+def swiglu_backward(x: Tensor, dout: Tensor) -> Tensor:
+    x, dout = x.contiguous(), dout.contiguous()
+    dx = torch.empty_like(x)
+    addresses = x.data_ptr(), dout.data_ptr(), dx.data_ptr()
+    _kernel("swiglu_backward", x)(*addresses, *_rows(dout), torch.get_num_threads())
+    return dx
+
+
+@swiglu_backward.register_fake
+def _(x: Tensor, dout: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _swiglu_setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_gradient(ctx: Any, dout: Tensor) -> Tensor:
+    dx: Tensor = swiglu_backward(ctx.saved_tensors[0], dout)
+    return dx
+
+
+swiglu.register_autograd(_swiglu_gradient, setup_context=_swiglu_setup)
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    """How many vectors, and how long they are."""
+    return x.numel() // max(x.shape[-1], 1), x.shape[-1]
+
+
+# --- RMS norm, and rotary ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tinylm::head_norm", mutates_args=(), device_types="cpu")
+def head_norm(
+    x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor | None, sin_TD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of each head, turned by the angles of row n % T if given, and r_NH (fp32)."""
+    x_NHD = _with_dense_rows(x_NHD)
+    out_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
+    r_NH = x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.float32)
+    addresses = x_NHD.data_ptr(), out_NHD.data_ptr(), r_NH.data_ptr()
+    weight_HD = weight_HD.float().contiguous()
+    with _Angles(cos_TD, sin_TD) as angles:
+        shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles, eps
+        _kernel("norm", x_NHD)(*addresses, *shapes, torch.get_num_threads())
+    return out_NHD, r_NH
+
+
+@head_norm.register_fake
+def _(
+    x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor | None, sin_TD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    out_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
+    return out_NHD, x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("tinylm::head_norm_backward", mutates_args=(), device_types="cpu")
+def head_norm_backward(
+    x_NHD: Tensor,
+    weight_HD: Tensor,
+    cos_TD: Tensor | None,
+    sin_TD: Tensor | None,
+    r_NH: Tensor,
+    dout_NHD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dx_NHD, and dweight_HD in fp32."""
+    x_NHD, dout_NHD = _with_dense_rows(x_NHD), dout_NHD.contiguous()
+    dx_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
+    weight_HD = weight_HD.float().contiguous()
+    dweight_HD = torch.empty_like(weight_HD)
+    tensors = x_NHD, r_NH, dout_NHD, dx_NHD, dweight_HD
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    with _Angles(cos_TD, sin_TD) as angles:
+        shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles
+        _kernel("norm_backward", x_NHD)(*addresses, *shapes, torch.get_num_threads())
+    return dx_NHD, dweight_HD
+
+
+@head_norm_backward.register_fake
+def _(
+    x_NHD: Tensor,
+    weight_HD: Tensor,
+    cos_TD: Tensor | None,
+    sin_TD: Tensor | None,
+    r_NH: Tensor,
+    dout_NHD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dx_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
+    return dx_NHD, torch.empty_like(
+        weight_HD, dtype=torch.float32, memory_format=torch.contiguous_format
+    )
+
+
+def _head_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _head_norm_gradient(ctx: Any, dout_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x_NHD, weight_HD, *saved = ctx.saved_tensors
+    dx_NHD, dweight_HD = head_norm_backward(x_NHD, weight_HD, *saved, dout_NHD)
+    return dx_NHD, dweight_HD.to(weight_HD.dtype), None, None, None
+
+
+head_norm.register_autograd(_head_norm_gradient, setup_context=_head_norm_setup)
+
+
+class _Angles:
+    """Addresses of tables and how many positions they have, while their memory is held."""
+
+    def __init__(self, cos_TD: Tensor | None, sin_TD: Tensor | None) -> None:
+        both = () if cos_TD is None or sin_TD is None else (cos_TD, sin_TD)
+        self.tables = [table.float().contiguous() for table in both]
+
+    def __enter__(self) -> tuple[int, int, int]:
+        if not self.tables:
+            return 0, 0, 0
+        cos_TD, sin_TD = self.tables
+        return cos_TD.data_ptr(), sin_TD.data_ptr(), len(cos_TD)
+
+    def __exit__(self, *_: object) -> None:
+        self.tables.clear()
+
+
+def _with_dense_rows(x_NHD: Tensor) -> Tensor:
+    """``x_NHD``, or a copy where the heads of a row are not side by side."""
+    return x_NHD if x_NHD[:1].is_contiguous() and x_NHD.stride(0) >= 0 else x_NHD.contiguous()
+
+
+def _sizes(x_NHD: Tensor) -> tuple[int, int, int, int]:
+    return *x_NHD.shape, x_NHD.stride(0)
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tinylm::causal_heads", mutates_args=(), device_types="cpu")
+def causal_heads(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Causal attention in bf16 of as many queries as keys, and lse_BHT, in fp32."""
+    q_BHTD, k_BHTD, v_BHTD = map(_with_dense_vectors, (q_BHTD, k_BHTD, v_BHTD))
+    out_BHTD = _like_projections(q_BHTD)
+    lse_BHT = q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
+    vectors = map(_vectors, (q_BHTD, k_BHTD, v_BHTD, out_BHTD))
+    threads = torch.get_num_threads()
+    _kernel("attention")(q_BHTD.shape, scale, *vectors, lse_BHT.data_ptr(), threads)
+    return out_BHTD, lse_BHT
+
+
+@causal_heads.register_fake
+def _(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _like_projections(q_BHTD), q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("tinylm::causal_heads_backward", mutates_args=(), device_types="cpu")
+def causal_heads_backward(
+    dout_BHTD: Tensor, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, lse_BHT: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = q_BHTD, k_BHTD, v_BHTD, dout_BHTD
+    q_BHTD, k_BHTD, v_BHTD, dout_BHTD = map(_with_dense_vectors, inputs)
+    gradients = tuple(map(_like_projections, (q_BHTD, k_BHTD, v_BHTD)))
+    _kernel("attention_backward")(
+        q_BHTD.shape, scale, *map(_vectors, (q_BHTD, k_BHTD, v_BHTD)), lse_BHT.data_ptr(),
+        *map(_vectors, (dout_BHTD, *gradients)), torch.get_num_threads(),
+    )  # fmt: skip
+    return gradients
+
+
+@causal_heads_backward.register_fake
+def _(
+    dout_BHTD: Tensor, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, lse_BHT: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(map(_like_projections, (q_BHTD, k_BHTD, v_BHTD)))
+
+
+def _causal_heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.scale = inputs[3]
+
+
+def _causal_heads_gradient(ctx: Any, dout_BHTD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *causal_heads_backward(dout_BHTD, *ctx.saved_tensors, ctx.scale), None
+
+
+causal_heads.register_autograd(_causal_heads_gradient, setup_context=_causal_heads_setup)
+
+
+def attention_refusal(q_BHTD: Tensor, k_BHSD: Tensor) -> str | None:
+    """Why `causal_heads` does not take this causal call."""
+    (T, D), S = q_BHTD.shape[2:], k_BHSD.shape[2]
+    if q_BHTD.device.type != "cpu" or q_BHTD.dtype != torch.bfloat16:
+        name = dtype_name(q_BHTD.dtype)
+        return f"of {name} on {q_BHTD.device.type}; it takes bf16 on a CPU"
+    if S != T:
+        return f"{T} queries on {S} keys; it takes as many of both"
+    if D == 0 or D % HEAD_DIM_STEP:
+        return f"head dimension {D} is no multiple of {HEAD_DIM_STEP}"
+    return None
+
+
+def _with_dense_vectors(x_BHTD: Tensor) -> Tensor:
+    return x_BHTD if x_BHTD.stride(-1) == 1 else x_BHTD.contiguous()
+
+
+def _like_projections(x_BHTD: Tensor) -> Tensor:
+    """Empty, in the order of memory of (B, T, H, D), in which projections come and go."""
+    B, H, T, D = x_BHTD.shape
+    return x_BHTD.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _vectors(x_BHTD: Tensor) -> tuple[int, ...]:
+    return x_BHTD.data_ptr(), *x_BHTD.stride()[:3]
