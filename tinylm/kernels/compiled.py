@@ -5,27 +5,16 @@ Here is checked what C++ only gets as addresses. Variants for AVX-512 with bf16,
 any processor are chosen when they are called.
 """
 
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tinylm import _C
 from tinylm.kernels.dispatch import dtype_name
 
 # What is summed over a vector's words of two bf16 comes in vectors of the processor's.
 HEAD_DIM_STEP = 32
-
-
-@cache
-def extension() -> tuple[ModuleType | None, str]:
-    """``tinylm._C``, or None and why it is not there."""
-    try:
-        from tinylm import _C
-    except ImportError as error:
-        return None, f"the compiled extension does not import ({error})"
-    return _C, ""
 
 
 def refusal(*tensors: Tensor | None) -> str | None:
@@ -40,9 +29,7 @@ _DTYPES = torch.bfloat16, torch.float32
 
 
 def _kernel(name: str, x: Tensor | None = None) -> Any:
-    module, missing = extension()
-    assert module is not None, missing
-    return getattr(module, name if x is None else f"{name}_{dtype_name(x.dtype)}")
+    return getattr(_C, name if x is None else f"{name}_{dtype_name(x.dtype)}")
 
 
 # --- cross-entropy -------------------------------------------------------------------------------
@@ -62,6 +49,13 @@ def exponentials_(x_RV: Tensor) -> tuple[Tensor, Tensor]:
 def _(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     top_R, sum_R = (x_RV.new_empty(len(x_RV), dtype=torch.float32) for _ in range(2))
     return top_R, sum_R
+
+
+def cross_entropy_refusal(h_NC: Tensor, dtype: torch.dtype, softcap: float | None) -> str | None:
+    """Why the logits of a cross-entropy, of products in ``dtype``, do not go through here."""
+    if softcap is not None:
+        return "of a softcap"
+    return refusal(h_NC.new_empty(0, dtype=dtype))
 
 
 # --- SwiGLU --------------------------------------------------------------------------------------
@@ -190,6 +184,14 @@ def _head_norm_gradient(ctx: Any, dout_NHD: Tensor, _: Tensor) -> tuple[Tensor |
 head_norm.register_autograd(_head_norm_gradient, setup_context=_head_norm_setup)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `tinylm.kernels.rms_norm`, for a weight of one or more of the last dimensions."""
+    width = x.shape[-1]
+    weight_HD = weight.reshape(-1, width)
+    out_NHD: Tensor = head_norm(x.reshape(-1, *weight_HD.shape), weight_HD, None, None, eps)[0]
+    return out_NHD.view(x.shape)
+
+
 class _Angles:
     """Addresses of tables and how many positions they have, while their memory is held."""
 
@@ -272,9 +274,11 @@ def _causal_heads_gradient(ctx: Any, dout_BHTD: Tensor, _: Tensor) -> tuple[Tens
 causal_heads.register_autograd(_causal_heads_gradient, setup_context=_causal_heads_setup)
 
 
-def attention_refusal(q_BHTD: Tensor, k_BHSD: Tensor) -> str | None:
-    """Why `causal_heads` does not take this causal call."""
+def attention_refusal(q_BHTD: Tensor, k_BHSD: Tensor, only_causal: bool) -> str | None:
+    """Why `causal_heads` does not take this call; ``only_causal``: nothing else masks it."""
     (T, D), S = q_BHTD.shape[2:], k_BHSD.shape[2]
+    if not only_causal:
+        return "of another mask; it takes the causal one"
     if q_BHTD.device.type != "cpu" or q_BHTD.dtype != torch.bfloat16:
         name = dtype_name(q_BHTD.dtype)
         return f"of {name} on {q_BHTD.device.type}; it takes bf16 on a CPU"
