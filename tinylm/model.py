@@ -88,8 +88,8 @@ class Attention(nn.Module):
         H, H_kv = self.config.n_heads, self.config.kv_heads
         qkv_BTHD = self.qkv(x_BTC).view(B, T, -1, self.config.head_dim)
         qk_BTHD, v_BTHD = qkv_BTHD.split((H + H_kv, H_kv), dim=2)
-        qk_BTHD = self._placed(qk_BTHD, rotary_TD)
-        qk_BHTD, v_BHTD = qk_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
+        qk_BHTD = self._placed(qk_BTHD, rotary_TD).transpose(1, 2)
+        v_BHTD = v_BTHD.transpose(1, 2)
         q, k = qk_BHTD.split((H, H_kv), dim=1)
         if cache is not None:
             k, v_BHTD = cache.append(layer, k, v_BHTD)

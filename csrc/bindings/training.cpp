@@ -112,6 +112,9 @@ void norm(Address x, Address out, Address r, const Sizes& sizes, Address weight,
              });
 }
 
+// Rows whose sums are added up by themselves: a sum of many rounds its last terms away.
+constexpr std::size_t kSumRows = 64;
+
 // Each part has its own sums over rows, which are added up in order.
 template <class T>
 void norm_backward(Address x, Address r, Address dout, Address dx, Address dweight,
@@ -120,16 +123,22 @@ void norm_backward(Address x, Address r, Address dout, Address dx, Address dweig
   const std::size_t count = sizes[1] * sizes[2];
   const int parts = parts_for(4 * sizes[0] * count, threads);
   std::vector<float> sums(count * static_cast<std::size_t>(parts));
+  const auto add = [count](const float* from, float* to) {
+    for (std::size_t i = 0; i < count; ++i) to[i] += from[i];
+  };
   share_rows(sizes[0], parts, [&](int part, std::size_t begin, std::size_t end) {
-    kernels<T>().norm_backward(call.shape, memory<const T>(x), memory<const float>(r),
-                               memory<const T>(dout), memory<T>(dx),
-                               sums.data() + count * static_cast<std::size_t>(part), begin, end);
+    std::vector<float> few(count);
+    for (std::size_t row = begin; row < end; row += kSumRows) {
+      std::fill(few.begin(), few.end(), 0.0f);
+      kernels<T>().norm_backward(call.shape, memory<T>(x), memory<const float>(r),
+                                 memory<const T>(dout), memory<T>(dx), few.data(), row,
+                                 std::min(row + kSumRows, end));
+      add(few.data(), sums.data() + count * static_cast<std::size_t>(part));
+    }
   });
   float* const total = memory<float>(dweight);
-  for (std::size_t i = 0; i < count; ++i) {
-    total[i] = 0.0f;
-    for (std::size_t at = i; at < sums.size(); at += count) total[i] += sums[at];
-  }
+  std::fill_n(total, count, 0.0f);
+  for (std::size_t at = 0; at < sums.size(); at += count) add(sums.data() + at, total);
 }
 
 // (address, and strides of batch, head, time)

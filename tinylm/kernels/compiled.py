@@ -17,15 +17,11 @@ from tinylm.kernels.dispatch import dtype_name
 HEAD_DIM_STEP = 32
 
 
-def refusal(*tensors: Tensor | None) -> str | None:
+def refusal(x: Tensor) -> str | None:
     """Why no kernel here takes these numbers; None if one does."""
-    for x in tensors:
-        if x is not None and (x.device.type != "cpu" or x.dtype not in _DTYPES):
-            return f"of {dtype_name(x.dtype)} on {x.device.type}; it takes bf16 and fp32 on a CPU"
-    return None
-
-
-_DTYPES = torch.bfloat16, torch.float32
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
+        return f"of {dtype_name(x.dtype)} on {x.device.type}; it takes bf16 and fp32 on a CPU"
+    return None if x.numel() else "of nothing"
 
 
 def _kernel(name: str, x: Tensor | None = None) -> Any:
@@ -55,7 +51,7 @@ def cross_entropy_refusal(h_NC: Tensor, dtype: torch.dtype, softcap: float | Non
     """Why the logits of a cross-entropy, of products in ``dtype``, do not go through here."""
     if softcap is not None:
         return "of a softcap"
-    return refusal(h_NC.new_empty(0, dtype=dtype))
+    return refusal(h_NC.new_empty(1, dtype=dtype))
 
 
 # --- SwiGLU --------------------------------------------------------------------------------------
@@ -246,7 +242,7 @@ def causal_heads_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = q_BHTD, k_BHTD, v_BHTD, dout_BHTD
     q_BHTD, k_BHTD, v_BHTD, dout_BHTD = map(_with_dense_vectors, inputs)
-    gradients = tuple(map(_like_projections, (q_BHTD, k_BHTD, v_BHTD)))
+    gradients = _gradients(q_BHTD, k_BHTD, v_BHTD)
     _kernel("attention_backward")(
         q_BHTD.shape, scale, *map(_vectors, (q_BHTD, k_BHTD, v_BHTD)), lse_BHT.data_ptr(),
         *map(_vectors, (dout_BHTD, *gradients)), torch.get_num_threads(),
@@ -258,7 +254,7 @@ def causal_heads_backward(
 def _(
     dout_BHTD: Tensor, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, lse_BHT: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(map(_like_projections, (q_BHTD, k_BHTD, v_BHTD)))
+    return _gradients(q_BHTD, k_BHTD, v_BHTD)
 
 
 def _causal_heads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -277,6 +273,8 @@ causal_heads.register_autograd(_causal_heads_gradient, setup_context=_causal_hea
 def attention_refusal(q_BHTD: Tensor, k_BHSD: Tensor, only_causal: bool) -> str | None:
     """Why `causal_heads` does not take this call; ``only_causal``: nothing else masks it."""
     (T, D), S = q_BHTD.shape[2:], k_BHSD.shape[2]
+    if q_BHTD.numel() == 0:
+        return "of nothing"
     if not only_causal:
         return "of another mask; it takes the causal one"
     if q_BHTD.device.type != "cpu" or q_BHTD.dtype != torch.bfloat16:
@@ -297,6 +295,10 @@ def _like_projections(x_BHTD: Tensor) -> Tensor:
     """Empty, in the order of memory of (B, T, H, D), in which projections come and go."""
     B, H, T, D = x_BHTD.shape
     return x_BHTD.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _gradients(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_projections(q_BHTD), _like_projections(k_BHTD), _like_projections(v_BHTD)
 
 
 def _vectors(x_BHTD: Tensor) -> tuple[int, ...]:

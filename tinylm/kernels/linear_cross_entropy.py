@@ -225,14 +225,18 @@ def _chunked(
         loss_N = wide(w.new_empty(0)).new_zeros(len(h_NC))
         rows = CHUNK_ROWS.get(h_NC.device.type, 4096)
         unshifted = _can_be_unshifted(h_NC, terms) and any(need) and not terms.compiled
-        in_one = _chunk_compiled if terms.compiled else _chunk
+        # Written again and again: large new tensors cost page faults.
+        memory = w.new_empty(min(rows, len(h_NC)), len(w)) if terms.compiled else None
         for start in range(0, len(h_NC), rows):
             part = slice(start, start + rows)
             h = h_NC[part].to(terms.dtype)
             weights = None if dloss_N is None else dloss_N[part]
             inputs = h, w, b, targets_N[part], weights, terms
-            chunk = _chunk_unshifted(*inputs) if unshifted else None
-            loss_N[part], dlogits, scale = chunk or in_one(*inputs, any(need))
+            if memory is not None:
+                chunk = _chunk_compiled(memory[: len(h)], *inputs, any(need))
+            else:
+                chunk = (unshifted and _chunk_unshifted(*inputs)) or _chunk(*inputs, any(need))
+            loss_N[part], dlogits, scale = chunk
             if dlogits is None:
                 continue
             if db is not None:
@@ -322,6 +326,7 @@ def _chunk_unshifted(
 
 
 def _chunk_compiled(
+    logits: Tensor,
     h_RC: Tensor,
     w_VC: Tensor,
     b_V: Tensor | None,
@@ -330,7 +335,7 @@ def _chunk_compiled(
     terms: Terms,
     need_dlogits: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `_chunk`, without softcap: C++ makes one pass of those over the logits.
+    """As `_chunk`, without softcap, in the memory ``logits``: C++ makes their passes one.
 
     The division by the sums is left to the rows of the products, as in `_chunk_unshifted`.
     """
@@ -338,7 +343,10 @@ def _chunk_compiled(
 
     keep = targets_R != terms.ignore_index
     own = torch.arange(len(h_RC)), targets_R.where(keep, 0)
-    logits = F.linear(h_RC, w_VC, b_V)
+    if b_V is None:
+        torch.mm(h_RC, w_VC.t(), out=logits)
+    else:
+        torch.addmm(b_V, h_RC, w_VC.t(), out=logits)
     own_logit = logits[own].float()
     top, sums = exponentials_(logits)
     own_logit -= top
