@@ -125,7 +125,7 @@ def test_attention_survives_large_scores() -> None:
 def test_no_gradient_flows_from_a_position_to_later_inputs(length: int) -> None:
     qkv = heads(1, 2, length, 32)
     out = attention(*qkv)
-    for t in (0, 7, 31, length - 1):
+    for t in (1, 7, 31, length - 1):
         for gradient in torch.autograd.grad(out[:, :, t].sum(), qkv[1:], retain_graph=True):
             assert (gradient[:, :, t + 1 :] == 0).all()
             assert (gradient[:, :, : t + 1] != 0).any()
@@ -182,7 +182,8 @@ def test_swiglu_of_any_strides_and_of_nothing() -> None:
 @pytest.mark.parametrize("width", LENGTHS)
 @pytest.mark.parametrize("rows", [1, 150])
 def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    x = randn(rows, width, dtype=dtype).requires_grad_()
+    x = randn(rows, width)
+    x = (x + x.sign()).to(dtype).requires_grad_()  # a single small number has a steep norm
     weight = randn(width, dtype=torch.float32, seed=1).requires_grad_()
     check(
         lambda x, w: kernels.rms_norm(x, w, backend="c++"),
@@ -342,6 +343,7 @@ def test_training_equals_training_on_the_references(
 
 
 @only_once
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # by the compiler itself
 def test_a_model_compiles_without_a_break() -> None:
     torch.use_deterministic_algorithms(False)
     model, ids = tiny_model()
@@ -384,7 +386,7 @@ def test_calls_that_are_not_taken_run_in_torch(
 ) -> None:
     """By a rule that doctor shows; they are named where C++ was asked for."""
     selection = dispatch.select("causal_attention", "cpu")
-    assert (selection.implementation, selection.reason[-13:]) == ("c++", "; else blocked")
+    assert (selection.implementation, selection.reason[-14:]) == ("c++", "; else blocked")
     x = randn(1, 2, 5, 16, dtype=torch.float32)
     expected = kernels.causal_attention(x, x, x, backend="blocked")
     assert torch.equal(kernels.causal_attention(x, x, x), expected)
