@@ -19,6 +19,7 @@ import os
 import platform
 import tempfile
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tinylm.config import TrainConfig
-from tinylm.device import choose_device
+from tinylm.device import choose_device, freed_memory_kept
 from tinylm.kernels import dispatch, prepare
 from tinylm.model import Transformer
 from tinylm.progress import TrainingProgress
@@ -100,7 +101,14 @@ class Ours:
 
     def select(self):
         os.environ[dispatch.ENVIRONMENT_VARIABLE] = self.kernels
-        dispatch.select.cache_clear()
+        dispatch.forget()
+
+    @contextmanager
+    def turn(self):
+        """What a run does once: its operators are chosen, and on a CPU freed memory is kept."""
+        self.select()
+        with freed_memory_kept(self.trainer.device):
+            yield
 
     def step(self):
         self.trainer._train_step(0.5)
@@ -207,20 +215,19 @@ def measure(config, arguments, clock):
     size = 8192 if clock.device == "cuda" else 2048
     for round_ in range(arguments.rounds + 1):
         for name, side in running.items():
-            if isinstance(side, Ours):
-                side.select()
-            once = clock.seconds(side.step, 3 if round_ == 0 else 1)  # round 0 warms up
-            if round_:
-                count = max(1, int(arguments.seconds / once))
-                best[name] = min(best[name], clock.seconds(side.step, count))
+            with side.turn() if isinstance(side, Ours) else nullcontext():
+                once = clock.seconds(side.step, 3 if round_ == 0 else 1)  # round 0 warms up
+                if round_:
+                    count = max(1, int(arguments.seconds / once))
+                    best[name] = min(best[name], clock.seconds(side.step, count))
         for name, dtype in dtypes.items():
             peaks[name] = max(peaks[name], matmul_rate(clock, dtype, size))
     per_step = config.batch_size * config.seq_len
     rate = matmul_flops(config) / best["tinylm"]
     idle = None
     if clock.device == "cuda":
-        running["tinylm"].select()
-        idle = idle_share(running["tinylm"].step)
+        with running["tinylm"].turn():
+            idle = idle_share(running["tinylm"].step)
     return {
         "idle_share": idle,
         "tokens_per_second": {name: per_step / seconds for name, seconds in best.items()},

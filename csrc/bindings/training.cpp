@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "memory.hpp"
 #include "simd/training.hpp"
 #include "team.hpp"
 
@@ -196,6 +197,8 @@ void bind_rows(py::module_& m, const std::string& dtype) {
 void bind_training(py::module_& m) {
   bind_rows<float>(m, "fp32");
   bind_rows<Bf16>(m, "bf16");
+  m.def("keep_freed_memory", &keep_freed_memory, py::arg("keep"),
+        "Whether malloc keeps what is freed for what comes next; False if that cannot be set.");
   m.def("attention", &attention);
   m.def("attention_backward", &attention_backward);
 }
