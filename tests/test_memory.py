@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("tinylm._C")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 
-# Page faults of 80 MiB in 20 tensors, the fifth time; pages held with all of them freed, then after.
+# Page faults of 80 MiB in 20 tensors, the fifth time; pages held when all are freed, then after it.
 SCRIPT = """
 import resource
 from pathlib import Path

@@ -1,5 +1,7 @@
-// The kernels of a training step for tinylm/kernels/compiled.py, which checks what it passes: memory
-// of tensors as addresses, since neither torch nor its tensors are known here.
+// The kernels of a training step for tinylm/kernels/compiled.py, which checks what it passes:
+// memory of tensors as addresses, since neither torch nor its tensors are known here.
+#include "simd/training.hpp"
+
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -8,7 +10,6 @@
 
 #include "bindings.hpp"
 #include "memory.hpp"
-#include "simd/training.hpp"
 #include "team.hpp"
 
 namespace py = pybind11;
@@ -27,8 +28,8 @@ T* memory(Address address) {
 constexpr std::size_t kLeastWork = 1 << 16;
 
 int parts_for(std::size_t work, int threads) {
-  return static_cast<int>(
-      std::clamp<std::size_t>(work / kLeastWork, 1, static_cast<std::size_t>(std::max(threads, 1))));
+  return static_cast<int>(std::clamp<std::size_t>(work / kLeastWork, 1,
+                                                  static_cast<std::size_t>(std::max(threads, 1))));
 }
 
 // Calls function(part, begin, end) for the ranges of `rows` rows that the parts have.
@@ -64,8 +65,8 @@ template <class T>
 void swiglu(Address x, Address out, std::size_t rows, std::size_t width, int threads) {
   share_rows(rows, parts_for(4 * rows * width, threads),
              [&](int, std::size_t begin, std::size_t end) {
-               kernels<T>().swiglu(memory<T>(x) + begin * 2 * width,
-                                   memory<T>(out) + begin * width, end - begin, width);
+               kernels<T>().swiglu(memory<T>(x) + begin * 2 * width, memory<T>(out) + begin * width,
+                                   end - begin, width);
              });
 }
 
@@ -89,12 +90,9 @@ struct NormCall {
   NormCall(const Sizes& sizes, Address weight, const Angles& angles, float eps)
       : rotation{memory<const float>(std::get<0>(angles)), memory<const float>(std::get<1>(angles)),
                  std::get<2>(angles)},
-        shape{sizes[1],
-              sizes[2],
-              sizes[3],
-              memory<const float>(weight),
-              eps,
-              rotation.positions == 0 ? nullptr : &rotation} {}
+        shape{sizes[1], sizes[2],
+              sizes[3], memory<const float>(weight),
+              eps,      rotation.positions == 0 ? nullptr : &rotation} {}
   NormCall(const NormCall&) = delete;
   NormCall& operator=(const NormCall&) = delete;
 

@@ -1,7 +1,7 @@
-// The passes over memory of a training step on a CPU, each of several of torch's in one: exponentials
-// of logits, SwiGLU, norm and rotary of heads, and all of causal attention. Numbers are fp32 or
-// bf16, a bf16 as the upper half of the fp32; sums are fp32. Every variant for an instruction set
-// computes the same, but for rounding.
+// The passes over memory of a training step on a CPU, each of several of torch's in one:
+// exponentials of logits, SwiGLU, norm and rotary of heads, and all of causal attention. Numbers
+// are fp32 or bf16, a bf16 as the upper half of the fp32; sums are fp32. Every variant for an
+// instruction set computes the same, but for rounding.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ struct Rotation {
 // becomes weight[head] x / sqrt(mean(x²) + eps), and is then rotated, where there is a rotation.
 struct NormShape {
   std::size_t heads, width;
-  std::size_t stride;  // of x; what is written is dense
+  std::size_t stride;   // of x; what is written is dense
   const float* weight;  // [heads][width]
   float eps;
   const Rotation* rotation;  // or null
@@ -69,9 +69,9 @@ constexpr std::size_t kAttentionWidthStep = 32;
 // softmax(q kᵀ scale) v of the heads [begin, end) of batch × heads, each query seeing the keys up
 // to its own position; lse[head][query] is the logarithm of the sum of exponentials.
 struct AttentionKernels {
-  void (*forward)(const AttentionShape& shape, HeadVectors<const Bf16> q,
-                  HeadVectors<const Bf16> k, HeadVectors<const Bf16> v, HeadVectors<Bf16> out,
-                  float* lse, std::size_t begin, std::size_t end);
+  void (*forward)(const AttentionShape& shape, HeadVectors<const Bf16> q, HeadVectors<const Bf16> k,
+                  HeadVectors<const Bf16> v, HeadVectors<Bf16> out, float* lse, std::size_t begin,
+                  std::size_t end);
   void (*backward)(const AttentionShape& shape, HeadVectors<const Bf16> q,
                    HeadVectors<const Bf16> k, HeadVectors<const Bf16> v, const float* lse,
                    HeadVectors<const Bf16> dout, HeadVectors<Bf16> dq, HeadVectors<Bf16> dk,
@@ -84,8 +84,7 @@ struct TrainingKernels {
   AttentionKernels attention;
 };
 
-extern const TrainingKernels kTrainingKernelsPortable, kTrainingKernelsAvx2,
-    kTrainingKernelsAvx512;
+extern const TrainingKernels kTrainingKernelsPortable, kTrainingKernelsAvx2, kTrainingKernelsAvx512;
 
 // Those of instruction_set(), of AVX-512 only where it has products of bf16.
 const TrainingKernels& training_kernels();

@@ -40,8 +40,8 @@ TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t ste
   Floats sums[kTileRows][2];
   for (std::size_t row = 0; row < kTileRows; ++row) {
     for (std::size_t i = 0; i < 2; ++i) {
-      sums[row][i] = accumulate ? load(out.data + row * out.stride + i * kWidth)
-                                : Floats::all(0.0f);
+      sums[row][i] =
+          accumulate ? load(out.data + row * out.stride + i * kWidth) : Floats::all(0.0f);
     }
   }
   for (std::size_t step = 0; step < steps; ++step) {
@@ -108,8 +108,7 @@ TINYLM_VARIANT inline void interleave(const Word* words, std::size_t padded, std
 // Memory on whole cache lines, given out piece by piece.
 class Scratch {
  public:
-  explicit Scratch(std::size_t words)
-      : memory_(new Word[words + kLine]), next_(memory_.get()) {
+  explicit Scratch(std::size_t words) : memory_(new Word[words + kLine]), next_(memory_.get()) {
     const auto address = reinterpret_cast<std::uintptr_t>(next_);
     next_ += (kLine - address / sizeof(Word) % kLine) % kLine;
   }
@@ -148,8 +147,7 @@ TINYLM_VARIANT inline Softmax softmax_row(const float* scores, std::size_t seen,
   return {top, sum_of(sums)};
 }
 
-TINYLM_VARIANT inline void store_row(const float* from, float factor, Bf16* to,
-                                     std::size_t width) {
+TINYLM_VARIANT inline void store_row(const float* from, float factor, Bf16* to, std::size_t width) {
   for (std::size_t at = 0; at < width; at += kWidth) {
     store(to + at, load(from + at) * Floats::all(factor));
   }
@@ -184,11 +182,10 @@ TINYLM_VARIANT void attention_forward(const AttentionShape& shape, HeadVectors<c
         rows[i] = softmax_row(scores + i * padded, start + i + 1, keys, shape.scale,
                               reinterpret_cast<Bf16*>(weights + i * padded / 2));
       }
-      multiply<false>({weights, padded / 2, 1}, {v_interleaved, D}, keys / 2, {sums, D}, kBlock,
-                      D);
+      multiply<false>({weights, padded / 2, 1}, {v_interleaved, D}, keys / 2, {sums, D}, kBlock, D);
       for (std::size_t i = 0; i < kBlock && start + i < T; ++i) {
-        store_row(sums + i * D, 1.0f / rows[i].sum,
-                  out.at(b, h) + (start + i) * out.stride.time, D);
+        store_row(sums + i * D, 1.0f / rows[i].sum, out.at(b, h) + (start + i) * out.stride.time,
+                  D);
         lse[place * T + start + i] = rows[i].top + std::log(rows[i].sum);
       }
     }
@@ -276,7 +273,9 @@ TINYLM_VARIANT void attention_backward(const AttentionShape& shape, HeadVectors<
       for (std::size_t i = 0; i < kBlock; i += 2) {
         // Queries beyond the last have dout 0 and add nothing, whatever their scores are.
         const auto lse_of = [&](std::size_t t) { return t < T ? lse[place * T + t] : 0.0f; };
-        softmax_rows_backward({scores + i * padded, dp + i * padded, padded,
+        softmax_rows_backward({scores + i * padded,
+                               dp + i * padded,
+                               padded,
                                {lse_of(start + i), lse_of(start + i + 1)}},
                               start + i + 1, keys, shape.scale, scores + i * padded,
                               p_pairs + i / 2 * padded, ds_pairs + i / 2 * padded,
@@ -288,8 +287,8 @@ TINYLM_VARIANT void attention_backward(const AttentionShape& shape, HeadVectors<
         store_row(sums + i * D, shape.scale, dq.at(b, h) + (start + i) * dq.stride.time, D);
       }
       const std::size_t queries = start / 2 * D;  // where those of the block begin
-      multiply<true>({ds_pairs, 1, padded}, {q_interleaved + queries, D}, kBlock / 2,
-                     {dk_sums, D}, keys, D);
+      multiply<true>({ds_pairs, 1, padded}, {q_interleaved + queries, D}, kBlock / 2, {dk_sums, D},
+                     keys, D);
       multiply<true>({p_pairs, 1, padded}, {dout_interleaved + queries, D}, kBlock / 2,
                      {dv_sums, D}, keys, D);
     }

@@ -81,12 +81,10 @@ TINYLM_VARIANT inline Pairs load_pairs(const std::uint32_t* from) {
 TINYLM_VARIANT inline Pairs all_pairs(std::uint32_t x) {
   return {_mm512_set1_epi32(static_cast<int>(x))};
 }
-TINYLM_VARIANT inline void store_pairs(std::uint32_t* to, Pairs a) {
-  _mm512_storeu_si512(to, a.v);
-}
+TINYLM_VARIANT inline void store_pairs(std::uint32_t* to, Pairs a) { _mm512_storeu_si512(to, a.v); }
 TINYLM_VARIANT inline Floats add_products(Floats sum, Pairs a, Pairs b) {
-  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v),
-                           reinterpret_cast<__m512bh>(b.v))};
+  return {
+      _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 TINYLM_VARIANT inline Pairs pairs_of(__m512i low, __m512i high) {
   return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};

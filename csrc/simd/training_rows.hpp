@@ -192,9 +192,8 @@ TINYLM_VARIANT inline void norm_vector_backward(const T* x, float r, const float
 }
 
 template <class T>
-TINYLM_VARIANT void norm_backward(const NormShape& shape, const T* x, const float* r,
-                                  const T* dout, T* dx, float* dweight, std::size_t begin,
-                                  std::size_t end) {
+TINYLM_VARIANT void norm_backward(const NormShape& shape, const T* x, const float* r, const T* dout,
+                                  T* dx, float* dweight, std::size_t begin, std::size_t end) {
   const std::size_t width = shape.width, half = width / 2;
   const std::unique_ptr<float[]> dy(new float[width + kWidth]);
   for (std::size_t row = begin; row < end; ++row) {
@@ -208,9 +207,9 @@ TINYLM_VARIANT void norm_backward(const NormShape& shape, const T* x, const floa
       } else {
         const std::size_t angles = row % shape.rotation->positions * width;
         for (std::size_t at = 0; at < half; at += kWidth) {
-          const Turned turned = turn(load_at(d, at, half), load_at(d + half, at, half),
-                                     shape.rotation->cos + angles, shape.rotation->sin + angles,
-                                     at, half, true);
+          const Turned turned =
+              turn(load_at(d, at, half), load_at(d + half, at, half), shape.rotation->cos + angles,
+                   shape.rotation->sin + angles, at, half, true);
           store_at(dy.get(), at, half, turned.low);
           store_at(dy.get() + half, at, half, turned.high);
         }

@@ -106,17 +106,10 @@ def select(operator: str, device: str, kind: str = "") -> Selection:
         return Selection(operator, own[-1], f"{ENVIRONMENT_VARIABLE}=reference", kind)
     name, reason = torch_choice(operator, device_type)
     if "c++" in own and (asked == "c++" or (asked == "auto" and device_type == "cpu")):
-        refusal = compiled_refusal(device_type)
-        if refusal is None:
-            return Selection(operator, "c++", f"{_COMPILED[operator]}; else {name}", kind)
-        if asked == "c++":
-            _fall_back(operator, name, refusal, "in C++")
-        return Selection(operator, name, f"{refusal}; {reason}", kind)
-    if (
-        "triton" not in own
-        or asked in ("torch", "c++")
-        or (asked == "auto" and device_type != "cuda")
-    ):
+        return _in_cpp(operator, device_type, kind, asked)
+    if asked == "auto" and device_type != "cuda":
+        return Selection(operator, name, reason, kind)
+    if "triton" not in own or asked in ("torch", "c++"):
         return Selection(operator, name, reason, kind)
     refusal = triton_refusal(device_type)
     if refusal is None and asked == "triton":
@@ -127,6 +120,16 @@ def select(operator: str, device: str, kind: str = "") -> Selection:
         return Selection(operator, name, f"{refusal}; {reason}", kind)
     choice = _measured(operator, torch.device(device), kind)
     return Selection(operator, "triton" if choice.triton else name, choice.reason, kind)
+
+
+def _in_cpp(operator: str, device_type: str, kind: str, asked: str) -> Selection:
+    name, reason = torch_choice(operator, device_type)
+    refusal = compiled_refusal(device_type)
+    if refusal is None:
+        return Selection(operator, "c++", f"{_COMPILED[operator]}; else {name}", kind)
+    if asked == "c++":
+        _fall_back(operator, name, refusal, "in C++")
+    return Selection(operator, name, f"{refusal}; {reason}", kind)
 
 
 def _measured(operator: str, device: torch.device, kind: str) -> Choice:
@@ -173,6 +176,12 @@ def compiled_refusal(device_type: str) -> str | None:
     except ImportError as error:
         return f"the compiled extension does not import ({error})"
     return None
+
+
+def kernel_refusal(name: str, device_type: str) -> str | None:
+    """Why an implementation cannot run on a device type; None if it can, as all in torch."""
+    refusals = {"triton": triton_refusal, "c++": compiled_refusal}
+    return refusals[name](device_type) if name in refusals else None
 
 
 @decided_while_tracing
