@@ -90,7 +90,7 @@ class Attention(nn.Module):
         qk_BTHD, v_BTHD = qkv_BTHD.split((H + H_kv, H_kv), dim=2)
         qk_BHTD = self._placed(qk_BTHD, rotary_TD).transpose(1, 2)
         v_BHTD = v_BTHD.transpose(1, 2)
-        q, k = torch.split(qk_BHTD, (H, H_kv), dim=1)
+        q, k = torch.split(qk_BHTD, [H, H_kv], dim=1)
         if cache is not None:
             k, v_BHTD = cache.append(layer, k, v_BHTD)
         out_BHTD = kernels.causal_attention(
