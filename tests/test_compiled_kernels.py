@@ -179,20 +179,6 @@ def test_swiglu_of_any_strides_and_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", LENGTHS)
-@pytest.mark.parametrize("rows", [1, 150])
-def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
-    x = randn(rows, width)
-    x = (x + x.sign()).to(dtype).requires_grad_()  # a single small number has a steep norm
-    weight = randn(width, dtype=torch.float32, seed=1).requires_grad_()
-    check(
-        lambda x, w: kernels.rms_norm(x, w, backend="c++"),
-        lambda x, w: kernels.rms_norm(x, w, backend="reference"),
-        x, weight,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "head_dim"), [(1, 2), (31, 6), (33, 32), (63, 64), (100, 18)])
 def test_norm_and_rotary(length: int, head_dim: int, dtype: torch.dtype) -> None:
     packed = randn(2, length, 4, head_dim, dtype=dtype).requires_grad_()
@@ -207,11 +193,12 @@ def test_norm_and_rotary(length: int, head_dim: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("value", [float("nan"), INFINITY])
 def test_a_row_that_is_not_finite_spoils_no_other(value: float) -> None:
-    x = randn(3, 33, dtype=torch.float32)
-    x[1, 5] = value
-    out = kernels.rms_norm(x, torch.ones(33), backend="c++")
-    assert out[::2].isfinite().all()
-    assert out[1].isnan().any()
+    x = randn(1, 3, 1, 34, dtype=torch.float32)
+    x[0, 1, 0, 5] = value
+    tables = kernels.rotary_tables(3, 34, 10.0)
+    out = kernels.norm_rotary(x, torch.ones(1, 34), *tables, backend="c++")
+    assert out[:, ::2].isfinite().all()
+    assert out[:, 1].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -287,11 +274,10 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield compiled.swiglu_backward, (x.detach(), randn(5, 4, dtype=torch.float32))
     heads_NHD, weight = x.view(5, 2, 4), randn(2, 4, dtype=torch.float32).requires_grad_()
     cos, sin = kernels.rotary_tables(5, 4, 10.0)
-    for tables in ((None, None), (cos, sin)):
-        yield compiled.head_norm, (heads_NHD, weight, *tables, 1e-6)
+    yield compiled.norm_rotary, (heads_NHD, weight, cos, sin, 1e-6)
     plain = heads_NHD.detach(), weight.detach()
-    out, r = compiled.head_norm(*plain, cos, sin, 1e-6)
-    yield compiled.head_norm_backward, (*plain, cos, sin, r, out)
+    out, r = compiled.norm_rotary(*plain, cos, sin, 1e-6)
+    yield compiled.norm_rotary_backward, (*plain, cos, sin, r, out)
     qkv = heads(1, 2, 3, 32)
     yield compiled.causal_heads, (*qkv, 0.2)
     plain = [x.detach() for x in qkv]

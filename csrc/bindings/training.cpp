@@ -81,33 +81,26 @@ void swiglu_backward(Address x, Address dout, Address dx, std::size_t rows, std:
              });
 }
 
-// (cos, sin, positions); positions 0 for no rotation.
+// Addresses of the tables, and how many positions they have.
 using Angles = std::tuple<Address, Address, std::size_t>;
 // (rows, heads, width, stride)
 using Sizes = std::array<std::size_t, 4>;
 
-struct NormCall {
-  NormCall(const Sizes& sizes, Address weight, const Angles& angles, float eps)
-      : rotation{memory<const float>(std::get<0>(angles)), memory<const float>(std::get<1>(angles)),
-                 std::get<2>(angles)},
-        shape{sizes[1], sizes[2],
-              sizes[3], memory<const float>(weight),
-              eps,      rotation.positions == 0 ? nullptr : &rotation} {}
-  NormCall(const NormCall&) = delete;
-  NormCall& operator=(const NormCall&) = delete;
-
-  Rotation rotation;
-  NormShape shape;
-};
+NormShape norm_shape(const Sizes& sizes, Address weight, const Angles& angles, float eps) {
+  const auto& [cos, sin, positions] = angles;
+  return {sizes[1], sizes[2],
+          sizes[3], memory<const float>(weight),
+          eps,      {memory<const float>(cos), memory<const float>(sin), positions}};
+}
 
 template <class T>
-void norm(Address x, Address out, Address r, const Sizes& sizes, Address weight,
-          const Angles& angles, float eps, int threads) {
-  const NormCall call(sizes, weight, angles, eps);
+void norm_rotary(Address x, Address out, Address r, const Sizes& sizes, Address weight,
+                 const Angles& angles, float eps, int threads) {
+  const NormShape shape = norm_shape(sizes, weight, angles, eps);
   share_rows(sizes[0], parts_for(2 * sizes[0] * sizes[1] * sizes[2], threads),
              [&](int, std::size_t begin, std::size_t end) {
-               kernels<T>().norm(call.shape, memory<const T>(x), memory<T>(out), memory<float>(r),
-                                 begin, end);
+               kernels<T>().norm_rotary(shape, memory<const T>(x), memory<T>(out), memory<float>(r),
+                                        begin, end);
              });
 }
 
@@ -116,9 +109,9 @@ constexpr std::size_t kSumRows = 64;
 
 // Each part has its own sums over rows, which are added up in order.
 template <class T>
-void norm_backward(Address x, Address r, Address dout, Address dx, Address dweight,
-                   const Sizes& sizes, Address weight, const Angles& angles, int threads) {
-  const NormCall call(sizes, weight, angles, 0.0f);
+void norm_rotary_backward(Address x, Address r, Address dout, Address dx, Address dweight,
+                          const Sizes& sizes, Address weight, const Angles& angles, int threads) {
+  const NormShape shape = norm_shape(sizes, weight, angles, 0.0f);
   const std::size_t count = sizes[1] * sizes[2];
   const int parts = parts_for(4 * sizes[0] * count, threads);
   std::vector<float> sums(count * static_cast<std::size_t>(parts));
@@ -129,9 +122,9 @@ void norm_backward(Address x, Address r, Address dout, Address dx, Address dweig
     std::vector<float> few(count);
     for (std::size_t row = begin; row < end; row += kSumRows) {
       std::fill(few.begin(), few.end(), 0.0f);
-      kernels<T>().norm_backward(call.shape, memory<T>(x), memory<const float>(r),
-                                 memory<const T>(dout), memory<T>(dx), few.data(), row,
-                                 std::min(row + kSumRows, end));
+      kernels<T>().norm_rotary_backward(shape, memory<T>(x), memory<const float>(r),
+                                        memory<const T>(dout), memory<T>(dx), few.data(), row,
+                                        std::min(row + kSumRows, end));
       add(few.data(), sums.data() + count * static_cast<std::size_t>(part));
     }
   });
@@ -186,8 +179,8 @@ void bind_rows(py::module_& m, const std::string& dtype) {
   m.def(name("exponentials").c_str(), &exponentials<T>);
   m.def(name("swiglu").c_str(), &swiglu<T>);
   m.def(name("swiglu_backward").c_str(), &swiglu_backward<T>);
-  m.def(name("norm").c_str(), &norm<T>);
-  m.def(name("norm_backward").c_str(), &norm_backward<T>);
+  m.def(name("norm_rotary").c_str(), &norm_rotary<T>);
+  m.def(name("norm_rotary_backward").c_str(), &norm_rotary_backward<T>);
 }
 
 }  // namespace

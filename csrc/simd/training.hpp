@@ -19,13 +19,13 @@ struct Rotation {
 };
 
 // Rows of `heads` vectors of `width` numbers, `stride` numbers from row to row. Each vector x
-// becomes weight[head] x / sqrt(mean(x²) + eps), and is then rotated, where there is a rotation.
+// becomes weight[head] x / sqrt(mean(x²) + eps), and is then rotated.
 struct NormShape {
   std::size_t heads, width;
   std::size_t stride;   // of x; what is written is dense
   const float* weight;  // [heads][width]
   float eps;
-  const Rotation* rotation;  // or null
+  Rotation rotation;
 };
 
 template <class T>
@@ -38,11 +38,11 @@ struct RowKernels {
   void (*swiglu_backward)(const T* x, const T* dout, T* dx, std::size_t rows, std::size_t width);
 
   // For rows [begin, end). Also writes r = 1 / sqrt(mean(x²) + eps) of each head.
-  void (*norm)(const NormShape& shape, const T* x, T* out, float* r, std::size_t begin,
-               std::size_t end);
+  void (*norm_rotary)(const NormShape& shape, const T* x, T* out, float* r, std::size_t begin,
+                      std::size_t end);
   // Writes dx, and adds to dweight [heads][width].
-  void (*norm_backward)(const NormShape& shape, const T* x, const float* r, const T* dout, T* dx,
-                        float* dweight, std::size_t begin, std::size_t end);
+  void (*norm_rotary_backward)(const NormShape& shape, const T* x, const float* r, const T* dout,
+                               T* dx, float* dweight, std::size_t begin, std::size_t end);
 };
 
 // Where [batch][head][time] vectors of one head dimension lie, in numbers; those of a vector are

@@ -139,8 +139,8 @@ TINYLM_VARIANT inline float inverse_length(const T* x, std::size_t width, float 
 }
 
 template <class T>
-TINYLM_VARIANT void norm(const NormShape& shape, const T* x, T* out, float* r, std::size_t begin,
-                         std::size_t end) {
+TINYLM_VARIANT void norm_rotary(const NormShape& shape, const T* x, T* out, float* r,
+                                std::size_t begin, std::size_t end) {
   const std::size_t width = shape.width, half = width / 2;
   for (std::size_t row = begin; row < end; ++row) {
     for (std::size_t head = 0; head < shape.heads; ++head) {
@@ -150,19 +150,13 @@ TINYLM_VARIANT void norm(const NormShape& shape, const T* x, T* out, float* r, s
       T* const to = out + place * width;
       r[place] = inverse_length(from, width, shape.eps);
       const Floats scale = Floats::all(r[place]);
-      if (shape.rotation == nullptr) {
-        for (std::size_t at = 0; at < width; at += kWidth) {
-          store_at(to, at, width, load_at(from, at, width) * scale * load_at(weight, at, width));
-        }
-        continue;
-      }
-      const std::size_t angles = row % shape.rotation->positions * width;
+      const std::size_t angles = row % shape.rotation.positions * width;
       for (std::size_t at = 0; at < half; at += kWidth) {
         const Floats low = load_at(from, at, half) * scale * load_at(weight, at, half);
         const Floats high =
             load_at(from + half, at, half) * scale * load_at(weight + half, at, half);
-        const Turned turned = turn(low, high, shape.rotation->cos + angles,
-                                   shape.rotation->sin + angles, at, half, false);
+        const Turned turned = turn(low, high, shape.rotation.cos + angles,
+                                   shape.rotation.sin + angles, at, half, false);
         store_at(to, at, half, turned.low);
         store_at(to + half, at, half, turned.high);
       }
@@ -192,27 +186,22 @@ TINYLM_VARIANT inline void norm_vector_backward(const T* x, float r, const float
 }
 
 template <class T>
-TINYLM_VARIANT void norm_backward(const NormShape& shape, const T* x, const float* r, const T* dout,
-                                  T* dx, float* dweight, std::size_t begin, std::size_t end) {
+TINYLM_VARIANT void norm_rotary_backward(const NormShape& shape, const T* x, const float* r,
+                                         const T* dout, T* dx, float* dweight, std::size_t begin,
+                                         std::size_t end) {
   const std::size_t width = shape.width, half = width / 2;
   const std::unique_ptr<float[]> dy(new float[width + kWidth]);
   for (std::size_t row = begin; row < end; ++row) {
     for (std::size_t head = 0; head < shape.heads; ++head) {
       const std::size_t place = row * shape.heads + head;
       const T* const d = dout + place * width;
-      if (shape.rotation == nullptr) {
-        for (std::size_t at = 0; at < width; at += kWidth) {
-          store_at(dy.get(), at, width, load_at(d, at, width));
-        }
-      } else {
-        const std::size_t angles = row % shape.rotation->positions * width;
-        for (std::size_t at = 0; at < half; at += kWidth) {
-          const Turned turned =
-              turn(load_at(d, at, half), load_at(d + half, at, half), shape.rotation->cos + angles,
-                   shape.rotation->sin + angles, at, half, true);
-          store_at(dy.get(), at, half, turned.low);
-          store_at(dy.get() + half, at, half, turned.high);
-        }
+      const std::size_t angles = row % shape.rotation.positions * width;
+      for (std::size_t at = 0; at < half; at += kWidth) {
+        const Turned turned =
+            turn(load_at(d, at, half), load_at(d + half, at, half), shape.rotation.cos + angles,
+                 shape.rotation.sin + angles, at, half, true);
+        store_at(dy.get(), at, half, turned.low);
+        store_at(dy.get() + half, at, half, turned.high);
       }
       norm_vector_backward(x + row * shape.stride + head * width, r[place],
                            shape.weight + head * width, dy.get(), dx + place * width,
@@ -223,5 +212,6 @@ TINYLM_VARIANT void norm_backward(const NormShape& shape, const T* x, const floa
 
 template <class T>
 constexpr RowKernels<T> row_kernels() {
-  return {&exponentials<T>, &swiglu<T>, &swiglu_backward<T>, &norm<T>, &norm_backward<T>};
+  return {&exponentials<T>, &swiglu<T>, &swiglu_backward<T>, &norm_rotary<T>,
+          &norm_rotary_backward<T>};
 }

@@ -102,39 +102,40 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return x.numel() // max(x.shape[-1], 1), x.shape[-1]
 
 
-# --- RMS norm, and rotary ------------------------------------------------------------------------
+# --- RMS norm and rotary -------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tinylm::head_norm", mutates_args=(), device_types="cpu")
-def head_norm(
-    x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor | None, sin_TD: Tensor | None, eps: float
+@torch.library.custom_op("tinylm::norm_rotary", mutates_args=(), device_types="cpu")
+def norm_rotary(
+    x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor, sin_TD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm of each head, turned by the angles of row n % T if given, and r_NH (fp32)."""
+    """RMS norm of each head, turned by the angles of position n % T; and r_NH (fp32)."""
     x_NHD = _with_dense_rows(x_NHD)
     out_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
     r_NH = x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.float32)
     addresses = x_NHD.data_ptr(), out_NHD.data_ptr(), r_NH.data_ptr()
     weight_HD = weight_HD.float().contiguous()
-    with _Angles(cos_TD, sin_TD) as angles:
-        shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles, eps
-        _kernel("norm", x_NHD)(*addresses, *shapes, torch.get_num_threads())
+    cos_TD, sin_TD = _tables(cos_TD, sin_TD)
+    angles = cos_TD.data_ptr(), sin_TD.data_ptr(), len(cos_TD)
+    shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles, eps
+    _kernel("norm_rotary", x_NHD)(*addresses, *shapes, torch.get_num_threads())
     return out_NHD, r_NH
 
 
-@head_norm.register_fake
+@norm_rotary.register_fake
 def _(
-    x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor | None, sin_TD: Tensor | None, eps: float
+    x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor, sin_TD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     out_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
     return out_NHD, x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.float32)
 
 
-@torch.library.custom_op("tinylm::head_norm_backward", mutates_args=(), device_types="cpu")
-def head_norm_backward(
+@torch.library.custom_op("tinylm::norm_rotary_backward", mutates_args=(), device_types="cpu")
+def norm_rotary_backward(
     x_NHD: Tensor,
     weight_HD: Tensor,
-    cos_TD: Tensor | None,
-    sin_TD: Tensor | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
     r_NH: Tensor,
     dout_NHD: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -145,18 +146,19 @@ def head_norm_backward(
     dweight_HD = torch.empty_like(weight_HD)
     tensors = x_NHD, r_NH, dout_NHD, dx_NHD, dweight_HD
     addresses = (tensor.data_ptr() for tensor in tensors)
-    with _Angles(cos_TD, sin_TD) as angles:
-        shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles
-        _kernel("norm_backward", x_NHD)(*addresses, *shapes, torch.get_num_threads())
+    cos_TD, sin_TD = _tables(cos_TD, sin_TD)
+    angles = cos_TD.data_ptr(), sin_TD.data_ptr(), len(cos_TD)
+    shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles
+    _kernel("norm_rotary_backward", x_NHD)(*addresses, *shapes, torch.get_num_threads())
     return dx_NHD, dweight_HD
 
 
-@head_norm_backward.register_fake
+@norm_rotary_backward.register_fake
 def _(
     x_NHD: Tensor,
     weight_HD: Tensor,
-    cos_TD: Tensor | None,
-    sin_TD: Tensor | None,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
     r_NH: Tensor,
     dout_NHD: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -166,43 +168,22 @@ def _(
     )
 
 
-def _head_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _norm_rotary_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _head_norm_gradient(ctx: Any, dout_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _norm_rotary_gradient(ctx: Any, dout_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x_NHD, weight_HD, *saved = ctx.saved_tensors
-    dx_NHD, dweight_HD = head_norm_backward(x_NHD, weight_HD, *saved, dout_NHD)
+    dx_NHD, dweight_HD = norm_rotary_backward(x_NHD, weight_HD, *saved, dout_NHD)
     return dx_NHD, dweight_HD.to(weight_HD.dtype), None, None, None
 
 
-head_norm.register_autograd(_head_norm_gradient, setup_context=_head_norm_setup)
+norm_rotary.register_autograd(_norm_rotary_gradient, setup_context=_norm_rotary_setup)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `tinylm.kernels.rms_norm`, for a weight of one or more of the last dimensions."""
-    width = x.shape[-1]
-    weight_HD = weight.reshape(-1, width)
-    out_NHD: Tensor = head_norm(x.reshape(-1, *weight_HD.shape), weight_HD, None, None, eps)[0]
-    return out_NHD.view(x.shape)
-
-
-class _Angles:
-    """Addresses of tables and how many positions they have, while their memory is held."""
-
-    def __init__(self, cos_TD: Tensor | None, sin_TD: Tensor | None) -> None:
-        both = () if cos_TD is None or sin_TD is None else (cos_TD, sin_TD)
-        self.tables = [table.float().contiguous() for table in both]
-
-    def __enter__(self) -> tuple[int, int, int]:
-        if not self.tables:
-            return 0, 0, 0
-        cos_TD, sin_TD = self.tables
-        return cos_TD.data_ptr(), sin_TD.data_ptr(), len(cos_TD)
-
-    def __exit__(self, *_: object) -> None:
-        self.tables.clear()
+def _tables(*tables_TD: Tensor) -> tuple[Tensor, ...]:
+    return tuple(table.float().contiguous() for table in tables_TD)
 
 
 def _with_dense_rows(x_NHD: Tensor) -> Tensor:

@@ -6,14 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.kernels.dispatch import (
-    at_most,
-    dtype_name,
-    implementation,
-    torch_instead,
-    torch_instead_of_compiled,
-    wide,
-)
+from tinylm.kernels.dispatch import at_most, dtype_name, implementation, torch_instead, wide
 
 
 @overload
@@ -116,14 +109,6 @@ def rms_norm(
             out, total = kernels.norm(x, weight, None, residual, eps, rms=True)
             return out if residual is None else (out, total)
         name = torch_instead("rms_norm", x.device.type, refusal)
-    if name == "c++":
-        from tinylm.kernels import compiled
-
-        refusal = compiled.refusal(total)
-        if refusal is None:
-            out = compiled.rms_norm(total, weight, eps)
-            return out if residual is None else (out, total)
-        name = torch_instead_of_compiled("rms_norm", x.device.type, refusal, backend)
     if name == "reference":
         x_wide = wide(total)
         scale = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)

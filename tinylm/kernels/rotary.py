@@ -45,8 +45,8 @@ def norm_rotary(
 
         refusal = compiled.refusal(x_BTHD)
         if refusal is None:
-            tables = cos_TD, sin_TD
-            out_NHD: Tensor = compiled.head_norm(x_BTHD.flatten(0, 1), weight_HD, *tables, eps)[0]
+            inputs = x_BTHD.flatten(0, 1), weight_HD, cos_TD, sin_TD, eps
+            out_NHD: Tensor = compiled.norm_rotary(*inputs)[0]
             return out_NHD.view(x_BTHD.shape)
         torch_instead_of_compiled("norm_rotary", x_BTHD.device.type, refusal, backend)
     normed_BHTD = rms_norm(x_BTHD, weight_HD, eps=eps).transpose(1, 2)
