@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinylm import kernels
 from tinylm.config import TrainConfig
+from tinylm.errors import InputError
 from tinylm.kernels import dispatch
 from tinylm.model import Transformer
 
@@ -326,6 +327,29 @@ def test_training_equals_training_on_the_references(
     assert losses[-1] < losses[0] - 0.05
     wanted = train("reference", monkeypatch, n_kv_heads=n_kv_heads)
     assert losses == pytest.approx(wanted, rel=TOLERANCE[torch.bfloat16])
+
+
+@only_once
+def test_operators_refuse_what_does_not_belong_together() -> None:
+    x, heads_NHD = torch.ones(3, 8), torch.ones(3, 2, 4)
+    cos, sin = kernels.rotary_tables(3, 4, 10.0)
+    q = torch.ones(1, 2, 3, 32, dtype=torch.bfloat16)
+    bad: list[Callable[[], object]] = [
+        lambda: compiled.exponentials_(x.t()),
+        lambda: compiled.swiglu(x[:, :7]),
+        lambda: compiled.swiglu_backward(x, x),
+        lambda: compiled.swiglu_backward(x, x[:, :4].bfloat16()),
+        lambda: compiled.norm_rotary(heads_NHD, torch.ones(1, 4), cos, sin, 1e-6),
+        lambda: compiled.norm_rotary(heads_NHD, torch.ones(2, 4), cos[:, :2], sin[:, :2], 1e-6),
+        lambda: compiled.norm_rotary(heads_NHD, torch.ones(2, 4), cos[:0], sin[:0], 1e-6),
+        lambda: kernels.norm_rotary(heads_NHD[None], torch.ones(2, 4), cos[:1], sin[:1]),
+        lambda: compiled.causal_heads(q, q[:, :1], q, 1.0),
+        lambda: compiled.causal_heads(q, q, q.float(), 1.0),
+        lambda: compiled.causal_heads(*[q[..., :16]] * 3, 1.0),
+    ]
+    for call in bad:
+        with pytest.raises(InputError, match="do not belong together"):
+            call()
 
 
 @only_once

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tinylm import _C
+from tinylm.errors import InputError
 from tinylm.kernels.dispatch import dtype_name
 
 # What is summed over a vector's words of two bf16 comes in vectors of the processor's.
@@ -24,6 +25,12 @@ def refusal(x: Tensor) -> str | None:
     return None if x.numel() else "of nothing"
 
 
+def _require(holds: bool, what: str, *tensors: Tensor) -> None:
+    if not holds:
+        shapes = ", ".join(f"{tuple(x.shape)} in {dtype_name(x.dtype)}" for x in tensors)
+        raise InputError(f"{what} of {shapes}: these do not belong together")
+
+
 def _kernel(name: str, x: Tensor | None = None) -> Any:
     return getattr(_C, name if x is None else f"{name}_{dtype_name(x.dtype)}")
 
@@ -34,7 +41,7 @@ def _kernel(name: str, x: Tensor | None = None) -> Any:
 @torch.library.custom_op("tinylm::exponentials_", mutates_args=("x_RV",), device_types="cpu")
 def exponentials_(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     """In place ``exp(x - top)``; top_R and sum_R, fp32, of the exponentials before rounding."""
-    assert x_RV.is_contiguous()
+    _require(x_RV.dim() == 2 and x_RV.is_contiguous(), "exponentials", x_RV)
     top_R, sum_R = (x_RV.new_empty(len(x_RV), dtype=torch.float32) for _ in range(2))
     addresses = x_RV.data_ptr(), *x_RV.shape, top_R.data_ptr(), sum_R.data_ptr()
     _kernel("exponentials", x_RV)(*addresses, torch.get_num_threads())
@@ -60,6 +67,7 @@ def cross_entropy_refusal(h_NC: Tensor, dtype: torch.dtype, softcap: float | Non
 @torch.library.custom_op("tinylm::swiglu", mutates_args=(), device_types="cpu")
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) · value`` of x = (gate, value) along the last dimension (Shazeer 2020)."""
+    _require(x.shape[-1] % 2 == 0, "swiglu", x)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     _kernel("swiglu", x)(x.data_ptr(), out.data_ptr(), *_rows(out), torch.get_num_threads())
@@ -73,6 +81,8 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("tinylm::swiglu_backward", mutates_args=(), device_types="cpu")
 def swiglu_backward(x: Tensor, dout: Tensor) -> Tensor:
+    own = x.dtype == dout.dtype and x.shape == (*dout.shape[:-1], 2 * dout.shape[-1])
+    _require(own, "swiglu's gradient", x, dout)
     x, dout = x.contiguous(), dout.contiguous()
     dx = torch.empty_like(x)
     addresses = x.data_ptr(), dout.data_ptr(), dx.data_ptr()
@@ -110,6 +120,7 @@ def norm_rotary(
     x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor, sin_TD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """RMS norm of each head, turned by the angles of position n % T; and r_NH (fp32)."""
+    _require_heads(x_NHD, weight_HD, cos_TD, sin_TD)
     x_NHD = _with_dense_rows(x_NHD)
     out_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
     r_NH = x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.float32)
@@ -140,6 +151,9 @@ def norm_rotary_backward(
     dout_NHD: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dx_NHD, and dweight_HD in fp32."""
+    _require_heads(x_NHD, weight_HD, cos_TD, sin_TD)
+    own = dout_NHD.shape == x_NHD.shape and dout_NHD.dtype == x_NHD.dtype
+    _require(own, "norm_rotary's gradient", x_NHD, dout_NHD)
     x_NHD, dout_NHD = _with_dense_rows(x_NHD), dout_NHD.contiguous()
     dx_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
     weight_HD = weight_HD.float().contiguous()
@@ -182,6 +196,13 @@ def _norm_rotary_gradient(ctx: Any, dout_NHD: Tensor, _: Tensor) -> tuple[Tensor
 norm_rotary.register_autograd(_norm_rotary_gradient, setup_context=_norm_rotary_setup)
 
 
+def _require_heads(x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> None:
+    D = x_NHD.shape[-1]
+    tables = cos_TD.shape == sin_TD.shape and cos_TD.shape[1:] == (D,) and len(cos_TD) > 0
+    own = x_NHD.dim() == 3 and D % 2 == 0 and weight_HD.shape == x_NHD.shape[1:] and tables
+    _require(own, "norm_rotary", x_NHD, weight_HD, cos_TD, sin_TD)
+
+
 def _tables(*tables_TD: Tensor) -> tuple[Tensor, ...]:
     return tuple(table.float().contiguous() for table in tables_TD)
 
@@ -203,6 +224,7 @@ def causal_heads(
     q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Causal attention in bf16 of as many queries as keys, and lse_BHT, in fp32."""
+    _require_alike(q_BHTD, k_BHTD, v_BHTD)
     q_BHTD, k_BHTD, v_BHTD = map(_with_dense_vectors, (q_BHTD, k_BHTD, v_BHTD))
     out_BHTD = _like_projections(q_BHTD)
     lse_BHT = q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
@@ -222,6 +244,7 @@ def causal_heads_backward(
     dout_BHTD: Tensor, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, lse_BHT: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = q_BHTD, k_BHTD, v_BHTD, dout_BHTD
+    _require_alike(*inputs)
     q_BHTD, k_BHTD, v_BHTD, dout_BHTD = map(_with_dense_vectors, inputs)
     gradients = _gradients(q_BHTD, k_BHTD, v_BHTD)
     _kernel("attention_backward")(
@@ -266,6 +289,16 @@ def attention_refusal(q_BHTD: Tensor, k_BHSD: Tensor, only_causal: bool) -> str 
     if D == 0 or D % HEAD_DIM_STEP:
         return f"head dimension {D} is no multiple of {HEAD_DIM_STEP}"
     return None
+
+
+def _require_alike(*tensors_BHTD: Tensor) -> None:
+    first = tensors_BHTD[0]
+    own = (
+        first.dim() == 4
+        and first.shape[3] % HEAD_DIM_STEP == 0
+        and all(x.shape == first.shape and x.dtype == torch.bfloat16 for x in tensors_BHTD)
+    )
+    _require(own, "attention", *tensors_BHTD)
 
 
 def _with_dense_vectors(x_BHTD: Tensor) -> Tensor:

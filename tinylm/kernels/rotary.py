@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinylm.errors import InputError
 from tinylm.kernels.dispatch import implementation, torch_instead_of_compiled
 from tinylm.kernels.norm import rms_norm
 
@@ -39,7 +40,13 @@ def norm_rotary(
 
     Args:
         backend: ``"c++"`` or ``"separate"``: one after the other, each as it runs by itself.
+
+    Raises:
+        InputError: the tables are not of the T positions.
     """
+    if len(cos_TD) != x_BTHD.shape[1]:
+        positions = f"{x_BTHD.shape[1]} positions and tables of {len(cos_TD)}"
+        raise InputError(f"norm_rotary of {positions}: these do not belong together")
     if implementation("norm_rotary", x_BTHD.device, backend) == "c++":
         from tinylm.kernels import compiled
 
