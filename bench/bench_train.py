@@ -10,6 +10,9 @@ moment of the machine meets all of them; the best turn counts. The last columns 
 products of tinylm's whole step over its time, as a share of the fastest large matrix product
 measured between the turns, and the share of the time in which a GPU is idle.
 
+Freed memory is not kept here as in a run on a CPU (`tinylm.device.freed_memory_kept`): that would
+last for the plain loop too, which in a process of its own has no such thing.
+
 On a shared machine take one thread and --cpu-time.
 """
 
@@ -19,7 +22,6 @@ import os
 import platform
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +34,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tinylm.config import TrainConfig
-from tinylm.device import choose_device, freed_memory_kept
+from tinylm.device import choose_device
 from tinylm.kernels import dispatch, prepare
 from tinylm.model import Transformer
 from tinylm.progress import TrainingProgress
@@ -102,13 +104,6 @@ class Ours:
     def select(self):
         os.environ[dispatch.ENVIRONMENT_VARIABLE] = self.kernels
         dispatch.forget()
-
-    @contextmanager
-    def turn(self):
-        """What a run does once: its operators are chosen, and on a CPU freed memory is kept."""
-        self.select()
-        with freed_memory_kept(self.trainer.device):
-            yield
 
     def step(self):
         self.trainer._train_step(0.5)
@@ -215,19 +210,20 @@ def measure(config, arguments, clock):
     size = 8192 if clock.device == "cuda" else 2048
     for round_ in range(arguments.rounds + 1):
         for name, side in running.items():
-            with side.turn() if isinstance(side, Ours) else nullcontext():
-                once = clock.seconds(side.step, 3 if round_ == 0 else 1)  # round 0 warms up
-                if round_:
-                    count = max(1, int(arguments.seconds / once))
-                    best[name] = min(best[name], clock.seconds(side.step, count))
+            if isinstance(side, Ours):
+                side.select()
+            once = clock.seconds(side.step, 3 if round_ == 0 else 1)  # round 0 warms up
+            if round_:
+                count = max(1, int(arguments.seconds / once))
+                best[name] = min(best[name], clock.seconds(side.step, count))
         for name, dtype in dtypes.items():
             peaks[name] = max(peaks[name], matmul_rate(clock, dtype, size))
     per_step = config.batch_size * config.seq_len
     rate = matmul_flops(config) / best["tinylm"]
     idle = None
     if clock.device == "cuda":
-        with running["tinylm"].turn():
-            idle = idle_share(running["tinylm"].step)
+        running["tinylm"].select()
+        idle = idle_share(running["tinylm"].step)
     return {
         "idle_share": idle,
         "tokens_per_second": {name: per_step / seconds for name, seconds in best.items()},
