@@ -120,7 +120,7 @@ def liger_added_rms_norm(x, weight, residual):
 
 def usable(operator):
     names = dispatch.IMPLEMENTATIONS[operator]
-    return [n for n in names if n != "triton" or dispatch.triton_refusal(DEVICE.type) is None]
+    return [n for n in names if dispatch.kernel_refusal(n, DEVICE.type) is None]
 
 
 # --- measuring -----------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ moment of the machine meets all of them; the best turn counts. The last columns 
 products of tinylm's whole step over its time, as a share of the fastest large matrix product
 measured between the turns, and the share of the time in which a GPU is idle.
 
+Freed memory is not kept here as in a run on a CPU (`tinylm.device.freed_memory_kept`): that would
+last for the plain loop too, which in a process of its own has no such thing.
+
 On a shared machine take one thread and --cpu-time.
 """
 
@@ -100,7 +103,7 @@ class Ours:
 
     def select(self):
         os.environ[dispatch.ENVIRONMENT_VARIABLE] = self.kernels
-        dispatch.select.cache_clear()
+        dispatch.forget()
 
     def step(self):
         self.trainer._train_step(0.5)

@@ -16,6 +16,7 @@ from collections import defaultdict
 import torch
 from bench_train import Clock, Ours, make_config, words
 
+from tinylm.device import freed_memory_kept
 from tinylm.model import Attention, FeedForward, LayerNorm, RMSNorm
 
 HEAD, REST = "head and cross-entropy", "residual sums, casts, the rest"
@@ -141,15 +142,17 @@ def main():
     parser.add_argument("--preset", default="modern")
     parser.add_argument("--shape", default="16x256", help="batch x window")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--kernels", default="auto", help="as TINYLM_KERNELS")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cpu-time", action="store_true", help="CPU time, for a busy machine")
     arguments = parser.parse_args()
     batch_size, seq_len = map(int, arguments.shape.split("x"))
     config = make_config(arguments.preset, batch_size, seq_len, "cpu", arguments.precision)
-    ours = Ours(config, words(), "auto")
-    plain = [Clock("cpu", arguments.cpu_time).seconds(ours.step, 1) for _ in range(5)]
+    ours = Ours(config, words(), arguments.kernels)
     now = time.process_time if arguments.cpu_time else time.perf_counter
-    seconds = profile(ours.trainer, now, arguments.steps)
+    with freed_memory_kept(ours.trainer.device):  # as in a run
+        plain = [Clock("cpu", arguments.cpu_time).seconds(ours.step, 1) for _ in range(5)]
+        seconds = profile(ours.trainer, now, arguments.steps)
     tokens = batch_size * seq_len
     print(
         f"`{arguments.preset}`, {batch_size} windows of {seq_len}, "

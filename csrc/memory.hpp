@@ -8,6 +8,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace tinylm {
 
@@ -35,6 +38,24 @@ inline void advise_huge_pages(void* memory, std::size_t size) {
 #else
   (void)memory;
   (void)size;
+#endif
+}
+
+// Whether malloc keeps what is freed, where it is glibc's: by itself it gives memory back to the
+// system as soon as little of it is in use, such as at the end of each training step, and each page
+// then costs a fault again. Blocks of 32 MiB and more, the most that can be set, go back in any
+// case. Switched off, the limits are those to which such blocks would have raised them by
+// themselves. False where malloc is another's.
+inline bool keep_freed_memory(bool keep) {
+#if defined(__GLIBC__)
+  constexpr int kLargestKept = 32 << 20, kAll = 2'000'000'000;
+  const bool done = mallopt(M_MMAP_THRESHOLD, kLargestKept) == 1 &&
+                    mallopt(M_TRIM_THRESHOLD, keep ? kAll : 2 * kLargestKept) == 1;
+  if (!keep) malloc_trim(0);
+  return done;
+#else
+  (void)keep;
+  return false;
 #endif
 }
 

@@ -87,3 +87,9 @@ class BPECounter:
         reserved: set[bytes] = ...,
         progress: Callable[[int, int], None] | None = None,
     ) -> npt.NDArray[np.uint32]: ...
+
+def keep_freed_memory(keep: bool) -> bool: ...
+
+# The kernels of a training step are looked up by name, with the dtype at its end; they take
+# addresses, which only tinylm.kernels.compiled passes.
+def __getattr__(name: str) -> Callable[..., None]: ...

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tinylm.errors import InputError
@@ -112,6 +113,33 @@ def determinism(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def freed_memory_kept(device: Device) -> Iterator[None]:
+    """Within it, on a CPU, freed memory stays in the process, for what is allocated next.
+
+    The C library gives it back at the end of each training step, and getting it again costs a
+    page fault every 4 KiB: 5 to 9 % of a step. Concerns the whole process; nothing is done where
+    the library is not glibc, or its environment variables (``MALLOC_…``) say what to do.
+    """
+    module = _compiled() if device.type == "cpu" else None
+    if module is None or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    module.keep_freed_memory(True)
+    try:
+        yield
+    finally:
+        module.keep_freed_memory(False)
+
+
+def _compiled() -> ModuleType | None:
+    try:
+        from tinylm import _C
+    except ImportError:
+        return None
+    return _C
 
 
 def conditions(device: Device) -> dict[str, Any]:

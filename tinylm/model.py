@@ -88,19 +88,28 @@ class Attention(nn.Module):
         H, H_kv = self.config.n_heads, self.config.kv_heads
         qkv_BTHD = self.qkv(x_BTC).view(B, T, -1, self.config.head_dim)
         qk_BTHD, v_BTHD = qkv_BTHD.split((H + H_kv, H_kv), dim=2)
-        if self.config.qk_norm:  # one call each for queries and keys together
-            weights = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(H_kv, -1)
-            qk_BTHD = kernels.rms_norm(qk_BTHD, torch.cat(weights), eps=self.config.norm_eps)
-        qk_BHTD, v_BHTD = qk_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
-        if rotary_TD is not None:
-            qk_BHTD = kernels.apply_rotary(qk_BHTD, *rotary_TD)
-        q, k = qk_BHTD.split((H, H_kv), dim=1)
+        qk_BHTD = self._placed(qk_BTHD, rotary_TD).transpose(1, 2)
+        v_BHTD = v_BTHD.transpose(1, 2)
+        q, k = torch.split(qk_BHTD, [H, H_kv], dim=1)
         if cache is not None:
             k, v_BHTD = cache.append(layer, k, v_BHTD)
         out_BHTD = kernels.causal_attention(
             q, k, v_BHTD, causal=self.config.causal, start_BT=start_BT
         )
         return self.out(out_BHTD.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+    def _placed(self, qk_BTHD: Tensor, rotary_TD: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries and keys after their norm and rotation, one call for both."""
+        if not self.config.qk_norm:
+            if rotary_TD is None:
+                return qk_BTHD
+            return kernels.apply_rotary(qk_BTHD.transpose(1, 2), *rotary_TD).transpose(1, 2)
+        H, H_kv, eps = self.config.n_heads, self.config.kv_heads, self.config.norm_eps
+        weights = self.q_norm.weight.expand(H, -1), self.k_norm.weight.expand(H_kv, -1)
+        weight_HD = torch.cat(weights)
+        if rotary_TD is None:
+            return kernels.rms_norm(qk_BTHD, weight_HD, eps=eps)
+        return kernels.norm_rotary(qk_BTHD, weight_HD, *rotary_TD, eps)
 
 
 class FeedForward(nn.Module):
@@ -113,8 +122,7 @@ class FeedForward(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         hidden_BTF = self.up(x_BTC)
         if self.gated:  # SwiGLU (Shazeer 2020)
-            gate_BTF, value_BTF = hidden_BTF.chunk(2, dim=-1)
-            return self.down(F.silu(gate_BTF) * value_BTF)  # type: ignore[no-any-return]
+            return self.down(kernels.swiglu(hidden_BTF))  # type: ignore[no-any-return]
         return self.down(F.relu(hidden_BTF))  # type: ignore[no-any-return]
 
 

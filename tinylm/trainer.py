@@ -13,7 +13,7 @@ from tinylm.checkpoint import Checkpoint, CheckpointFolder, load_tensors, save_t
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
 from tinylm.data.windows import WindowSampler
-from tinylm.device import Device, changed_conditions, conditions
+from tinylm.device import Device, changed_conditions, conditions, freed_memory_kept
 from tinylm.device_step import DeviceStep, runs_on_device
 from tinylm.distributed import PeerError, World
 from tinylm.embeddings import initial_model
@@ -163,7 +163,8 @@ class Trainer:
             InputError: the disk is full or not writable; what was saved is untouched.
         """
         try:
-            self._loop()
+            with freed_memory_kept(self.device):
+                self._loop()
         except InputError as error:
             raise InputError(f"{error}; {self._saved()}") from error
 

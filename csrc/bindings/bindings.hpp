@@ -7,6 +7,7 @@ namespace tinylm {
 
 void bind_bpe(pybind11::module_& m);
 void bind_bpe_train(pybind11::module_& m);
+void bind_training(pybind11::module_& m);
 void bind_word(pybind11::module_& m);
 void bind_word_decoder(pybind11::module_& m);
 

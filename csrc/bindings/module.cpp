@@ -19,5 +19,6 @@ PYBIND11_MODULE(_C, m) {
   tinylm::Watch::set_check(&check_signals);
   tinylm::bind_bpe(m);
   tinylm::bind_bpe_train(m);
+  tinylm::bind_training(m);
   tinylm::bind_word(m);
 }

@@ -14,7 +14,8 @@ from tinylm.kernels.dispatch import Selection, fingerprint, selections
 from tinylm.kernels.first_check import prepare
 from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
 from tinylm.kernels.norm import layer_norm, rms_norm
-from tinylm.kernels.rotary import apply_rotary, rotary_tables
+from tinylm.kernels.rotary import apply_rotary, norm_rotary, rotary_tables
+from tinylm.kernels.swiglu import swiglu
 
 __all__ = [
     "Selection",
@@ -24,8 +25,10 @@ __all__ = [
     "fingerprint",
     "layer_norm",
     "linear_cross_entropy",
+    "norm_rotary",
     "prepare",
     "rms_norm",
     "rotary_tables",
     "selections",
+    "swiglu",
 ]

@@ -15,6 +15,7 @@ from tinylm.kernels.dispatch import (
     implementation,
     statistics_dtype,
     torch_instead,
+    torch_instead_of_compiled,
     wide,
 )
 
@@ -46,7 +47,8 @@ def causal_attention(
         start_BT: the first key that each query may see, whole numbers in a shape that expands to
             (B, T): the start of the query's document (`document_starts`), or, as (B, 1), of each
             sequence after its left padding. A query that sees no key gives zeros.
-        backend: ``"triton"``, ``"sdpa"``, ``"blocked"`` or ``"matmul"``; chosen by device if None.
+        backend: ``"triton"``, ``"c++"``, ``"sdpa"``, ``"blocked"`` or ``"matmul"``; chosen by
+            device if None.
 
     Returns:
         out_BHTD in the dtype of ``q_BHTD``.
@@ -71,6 +73,16 @@ def causal_attention(
     groups = q_BHTD.shape[1] // k_BHSD.shape[1]
     if groups > 1:
         k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BHSD, v_BHSD))
+    if name == "c++":
+        from tinylm.kernels import compiled
+
+        dtype = autocast_dtype(q_BHTD)
+        q, k, v = (x.to(dtype) for x in (q_BHTD, k_BHSD, v_BHSD))
+        refusal = compiled.attention_refusal(q, k, causal and start_BT is None)
+        if refusal is None:
+            out_BHTD: Tensor = compiled.causal_heads(q, k, v, scale)[0]
+            return out_BHTD
+        name = torch_instead_of_compiled("causal_attention", q.device.type, refusal, backend)
     run = {"sdpa": _sdpa, "blocked": _blocked, "matmul": _matmul}[name]
     return run(q_BHTD, k_BHSD, v_BHSD, scale, causal, start_BT)
 

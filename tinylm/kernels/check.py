@@ -70,8 +70,7 @@ def _results(case: Case, device: torch.device, dtype: torch.dtype, full: bool) -
     every = dispatch.IMPLEMENTATIONS[case.operator]
     compared = "triton", dispatch.torch_choice(case.operator, device.type)[0]
     names = [name for name in every if full or name in compared]
-    if dispatch.triton_refusal(device.type) is not None:
-        names = [name for name in names if name != "triton"]
+    names = [name for name in names if dispatch.kernel_refusal(name, device.type) is None]
     inputs = [randn(s, i).to(device, dtype) for i, s in enumerate(case.shapes)]
     for i in range(len(inputs) - case.parameters, len(inputs)):
         inputs[i] = inputs[i].float()
@@ -170,6 +169,9 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
         yield _attention(8, 1024, 1024, 128, heads)
     T, D = (40, 16) if interpreting else (100, 32)
     yield Case("rotary", f"T {T}, D {D}", ((2, 2, T, D),), partial(_rotary, T, D))
+    shapes = (2, T, 3, D), (3, D)
+    yield Case("norm_rotary", f"T {T}, D {D}", shapes, partial(_norm_rotary, T, D), parameters=1)
+    yield Case("swiglu", f"N {few}, F {3 * C}", ((few, 6 * C),), _swiglu)
 
 
 def training_cases() -> list[Case]:
@@ -254,6 +256,15 @@ def _cross_entropy(backend: str, h: Tensor, weight: Tensor, **terms: Any) -> Ten
 def _rotary(T: int, D: int, backend: str, x: Tensor) -> Tensor:
     cos, sin = (t.to(x) for t in kernels.rotary_tables(T, D, 10_000.0))
     return kernels.apply_rotary(x, cos, sin)
+
+
+def _norm_rotary(T: int, D: int, backend: str, x: Tensor, weight: Tensor) -> Tensor:
+    cos, sin = (t.to(x.device) for t in kernels.rotary_tables(T, D, 10_000.0))
+    return kernels.norm_rotary(x, weight, cos, sin, backend=backend)
+
+
+def _swiglu(backend: str, x: Tensor) -> Tensor:
+    return kernels.swiglu(x, backend=backend)
 
 
 def randn(shape: Sequence[int], seed: int) -> Tensor:

@@ -17,8 +17,9 @@ from tinylm.kernels.table import Choice, remembered
 
 ENVIRONMENT_VARIABLE = "TINYLM_KERNELS"
 SETTINGS = {
-    "auto": "on a GPU what its own check found right and fastest, else the best of torch",
+    "auto": "on a GPU what its own check found right and fastest, on a CPU C++, else torch",
     "triton": "the Triton kernels wherever they can run",
+    "c++": "the C++ kernels wherever they can run",
     "torch": "the best of plain torch",
     "reference": "the plain references",
 }
@@ -54,7 +55,16 @@ _TORCH: dict[tuple[str, str], tuple[str, str]] = {
     ("layer_norm", "*"): ("torch", "torch's own layer norm"),
     ("rms_norm", "*"): ("torch", "few passes of plain torch, statistics in fp32"),
     ("linear_cross_entropy", "*"): ("chunked", "never holds all logits; least memory traffic"),
+    ("norm_rotary", "*"): ("separate", "rms_norm, then rotary"),
     ("rotary", "*"): ("torch", "plain torch"),
+    ("swiglu", "*"): ("torch", "plain torch"),
+}
+# What the C++ kernels take on a CPU; other calls run as the torch implementation does.
+_COMPILED = {
+    "causal_attention": "training in bf16, scores in cache",
+    "linear_cross_entropy": "exponentials and sums in one pass, without softcap",
+    "norm_rotary": "one pass in bf16 and fp32",
+    "swiglu": "one pass in bf16 and fp32",
 }
 # Why "auto" does not choose a Triton kernel, where nothing was measured.
 _UNCHECKED = "the Triton kernels are not checked on this GPU yet, tinylm doctor --kernels does it"
@@ -62,11 +72,13 @@ _OTHER_KIND = "the check on this GPU measured no such call"
 
 # Every implementation an operator has; the last is the plain reference.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "causal_attention": ("triton", "sdpa", "blocked", "matmul"),
+    "causal_attention": ("triton", "c++", "sdpa", "blocked", "matmul"),
     "layer_norm": ("triton", "torch", "reference"),
     "rms_norm": ("triton", "torch", "reference"),
-    "linear_cross_entropy": ("triton", "chunked", "reference"),
+    "linear_cross_entropy": ("triton", "c++", "chunked", "reference"),
+    "norm_rotary": ("c++", "separate"),
     "rotary": ("torch",),
+    "swiglu": ("c++", "torch"),
 }
 
 
@@ -92,7 +104,11 @@ def select(operator: str, device: str, kind: str = "") -> Selection:
     if asked == "reference":
         return Selection(operator, own[-1], f"{ENVIRONMENT_VARIABLE}=reference", kind)
     name, reason = torch_choice(operator, device_type)
-    if "triton" not in own or asked == "torch" or (asked == "auto" and device_type != "cuda"):
+    if "c++" in own and (asked == "c++" or (asked == "auto" and device_type == "cpu")):
+        return _in_cpp(operator, device_type, kind, asked)
+    if asked == "auto" and device_type != "cuda":
+        return Selection(operator, name, reason, kind)
+    if "triton" not in own or asked in ("torch", "c++"):
         return Selection(operator, name, reason, kind)
     refusal = triton_refusal(device_type)
     if refusal is None and asked == "triton":
@@ -103,6 +119,16 @@ def select(operator: str, device: str, kind: str = "") -> Selection:
         return Selection(operator, name, f"{refusal}; {reason}", kind)
     choice = _measured(operator, torch.device(device), kind)
     return Selection(operator, "triton" if choice.triton else name, choice.reason, kind)
+
+
+def _in_cpp(operator: str, device_type: str, kind: str, asked: str) -> Selection:
+    name, reason = torch_choice(operator, device_type)
+    refusal = compiled_refusal(device_type)
+    if refusal is None:
+        return Selection(operator, "c++", f"{_COMPILED[operator]}; else {name}", kind)
+    if asked == "c++":
+        _fall_back(operator, name, refusal, "in C++")
+    return Selection(operator, name, f"{refusal}; {reason}", kind)
 
 
 def _measured(operator: str, device: torch.device, kind: str) -> Choice:
@@ -117,7 +143,7 @@ def _measured(operator: str, device: torch.device, kind: str) -> Choice:
 
 def forget() -> None:
     """Decides anew, by what is remembered and asked for now."""
-    for decision in (select, triton_refusal, _fall_back):
+    for decision in (select, triton_refusal, compiled_refusal, _fall_back):
         decision.cache_clear()
 
 
@@ -139,6 +165,24 @@ def triton_refusal(device_type: str) -> str | None:
     return None if triton.knobs.runtime.interpret else "Triton needs a CUDA device"
 
 
+@cache
+def compiled_refusal(device_type: str) -> str | None:
+    """Why no C++ kernel can run on a device type; None if they can."""
+    if device_type != "cpu":
+        return "the C++ kernels need a CPU"
+    try:
+        import tinylm._C  # noqa: F401
+    except ImportError as error:
+        return f"the compiled extension does not import ({error})"
+    return None
+
+
+def kernel_refusal(name: str, device_type: str) -> str | None:
+    """Why an implementation cannot run on a device type; None if it can, as all in torch."""
+    refusals = {"triton": triton_refusal, "c++": compiled_refusal}
+    return refusals[name](device_type) if name in refusals else None
+
+
 @decided_while_tracing
 def implementation(operator: str, device: torch.device, backend: str | None, kind: str = "") -> str:
     """``backend`` if given (checked), else what `select` chooses for calls of a kind."""
@@ -149,6 +193,8 @@ def implementation(operator: str, device: torch.device, backend: str | None, kin
         raise InputError(f"{operator} has no backend {backend!r}; choose one of {known}")
     if backend == "triton" and (refusal := triton_refusal(device.type)):
         return torch_instead(operator, device.type, refusal)
+    if backend == "c++" and (refusal := compiled_refusal(device.type)):
+        return torch_instead_of_compiled(operator, device.type, refusal, backend)
     return backend
 
 
@@ -158,9 +204,22 @@ def torch_instead(operator: str, device_type: str, refusal: str) -> str:
     return _fall_back(operator, torch_choice(operator, device_type)[0], refusal)
 
 
+@decided_while_tracing
+def torch_instead_of_compiled(
+    operator: str, device_type: str, refusal: str, backend: str | None
+) -> str:
+    """The same for a call that the C++ kernel refuses; says so where C++ was asked for.
+
+    Otherwise it is the rule of what runs on a CPU, as `select` gives it.
+    """
+    name = torch_choice(operator, device_type)[0]
+    asked = backend == "c++" or setting() == "c++"
+    return _fall_back(operator, name, refusal, "in C++") if asked else name
+
+
 @cache
-def _fall_back(operator: str, name: str, refusal: str) -> str:
-    logger.warning("%s runs as %s, not as a Triton kernel: %s", operator, name, refusal)
+def _fall_back(operator: str, name: str, refusal: str, kernel: str = "as a Triton kernel") -> str:
+    logger.warning("%s runs as %s, not %s: %s", operator, name, kernel, refusal)
     return name
 
 

@@ -18,6 +18,7 @@ from tinylm.kernels.dispatch import (
     dtype_name,
     implementation,
     torch_instead,
+    torch_instead_of_compiled,
     wide,
 )
 
@@ -33,6 +34,7 @@ class Terms(NamedTuple):
     softcap: float | None
     z_loss: float
     dtype: torch.dtype  # of the matrix products
+    compiled: bool = False  # whether the passes over logits run in C++
 
 
 def linear_cross_entropy(
@@ -58,7 +60,8 @@ def linear_cross_entropy(
         z_loss: each row's loss grows by ``z_loss · (log Σ exp z)²`` (Chowdhery et al. 2022).
         reduction: ``"mean"`` of the rows that count, ``"sum"``, or ``"none"``: loss_N, 0 in
             rows that do not count.
-        backend: ``"triton"``, ``"chunked"`` or ``"reference"``; chosen by device if None.
+        backend: ``"triton"``, ``"c++"``, ``"chunked"`` or ``"reference"``; chosen by device if
+            None.
 
     Raises:
         InputError: the shapes do not belong together, or an option is out of its range.
@@ -73,8 +76,17 @@ def linear_cross_entropy(
 
         refusal = kernels.refusal(h_NC, weight_VC, bias_V, terms.dtype)
         if refusal is None:
-            return _reduced(kernels.loss_N(*inputs, *terms), targets_N, ignore_index, reduction)
+            return _reduced(kernels.loss_N(*inputs, *terms[:4]), targets_N, ignore_index, reduction)
         name = torch_instead("linear_cross_entropy", h_NC.device.type, refusal)
+    if name == "c++":
+        from tinylm.kernels import compiled
+
+        refusal = compiled.cross_entropy_refusal(h_NC, terms.dtype, softcap)
+        terms = terms._replace(compiled=refusal is None)
+        if refusal is not None:
+            name = torch_instead_of_compiled(
+                "linear_cross_entropy", h_NC.device.type, refusal, backend
+            )
     if name == "reference":
         return _reduced(_reference(*inputs, terms), targets_N, ignore_index, reduction)
     loss: Tensor
@@ -212,14 +224,19 @@ def _chunked(
         db = torch.zeros_like(wide(bias_V)) if need[2] and bias_V is not None else None
         loss_N = wide(w.new_empty(0)).new_zeros(len(h_NC))
         rows = CHUNK_ROWS.get(h_NC.device.type, 4096)
-        unshifted = _can_be_unshifted(h_NC, terms) and any(need)
+        unshifted = _can_be_unshifted(h_NC, terms) and any(need) and not terms.compiled
+        # Written again and again: large new tensors cost page faults.
+        memory = w.new_empty(min(rows, len(h_NC)), len(w)) if terms.compiled else None
         for start in range(0, len(h_NC), rows):
             part = slice(start, start + rows)
             h = h_NC[part].to(terms.dtype)
             weights = None if dloss_N is None else dloss_N[part]
             inputs = h, w, b, targets_N[part], weights, terms
-            chunk = _chunk_unshifted(*inputs) if unshifted else None
-            loss_N[part], dlogits, scale = chunk or _chunk(*inputs, any(need))
+            if memory is not None:
+                chunk = _chunk_compiled(memory[: len(h)], *inputs, any(need))
+            else:
+                chunk = (unshifted and _chunk_unshifted(*inputs)) or _chunk(*inputs, any(need))
+            loss_N[part], dlogits, scale = chunk
             if dlogits is None:
                 continue
             if db is not None:
@@ -306,6 +323,45 @@ def _chunk_unshifted(
     loss_R = ((sums - own_share).clamp(min=0) + own_logit.exp()).log() - own_logit
     exponentials[own] = (own_share - sums).to(exponentials.dtype)
     return loss_R * keep, exponentials, _row_weights(keep, dloss_R, sums.dtype) / sums[:, None]
+
+
+def _chunk_compiled(
+    logits: Tensor,
+    h_RC: Tensor,
+    w_VC: Tensor,
+    b_V: Tensor | None,
+    targets_R: Tensor,
+    dloss_R: Tensor | None,
+    terms: Terms,
+    need_dlogits: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `_chunk`, without softcap, in the memory ``logits``: C++ makes their passes one.
+
+    The division by the sums is left to the rows of the products, as in `_chunk_unshifted`.
+    """
+    from tinylm.kernels.compiled import exponentials_
+
+    keep = targets_R != terms.ignore_index
+    own = torch.arange(len(h_RC)), targets_R.where(keep, 0)
+    if b_V is None:
+        torch.mm(h_RC, w_VC.t(), out=logits)
+    else:
+        torch.addmm(b_V, h_RC, w_VC.t(), out=logits)
+    own_logit = logits[own].float()
+    top, sums = exponentials_(logits)
+    own_logit -= top
+    loss_R = sums.log() - own_logit
+    factor = torch.ones_like(sums)
+    if terms.z_loss:
+        lse = sums.log() + top
+        loss_R = loss_R + terms.z_loss * lse.square()
+        factor += 2 * terms.z_loss * lse
+    weights = _row_weights(keep, dloss_R, sums.dtype)
+    if not need_dlogits:
+        return loss_R * keep, None, weights
+    # d loss / d logits = factor · softmax - one-hot = factor / sum · (exponentials - one-hot · …).
+    logits[own] = (own_logit.exp() - sums / factor).to(logits.dtype)
+    return loss_R * keep, logits, weights * (factor / sums)[:, None]
 
 
 def _accumulate(total: Tensor, part: Tensor) -> None:

@@ -5,6 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinylm.errors import InputError
+from tinylm.kernels.dispatch import implementation, torch_instead_of_compiled
+from tinylm.kernels.norm import rms_norm
+
 
 def rotary_tables(max_seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos_TD and sin_TD (fp32) for positions 0 … max_seq_len - 1.
@@ -21,6 +25,39 @@ def apply_rotary(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Turns each head vector by the angle of its position; keeps the dtype of ``x_BHTD``."""
     out_BHTD: Tensor = _Rotary.apply(x_BHTD, cos_TD, sin_TD)  # type: ignore[no-untyped-call]
     return out_BHTD
+
+
+def norm_rotary(
+    x_BTHD: Tensor,
+    weight_HD: Tensor,
+    cos_TD: Tensor,
+    sin_TD: Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`rms_norm` of each head by its own weight, then `apply_rotary`; in the order (B, T, H, D).
+
+    Args:
+        backend: ``"c++"`` or ``"separate"``: one after the other, each as it runs by itself.
+
+    Raises:
+        InputError: the tables are not of the T positions.
+    """
+    if len(cos_TD) != x_BTHD.shape[1]:
+        positions = f"{x_BTHD.shape[1]} positions and tables of {len(cos_TD)}"
+        raise InputError(f"norm_rotary of {positions}: these do not belong together")
+    if implementation("norm_rotary", x_BTHD.device, backend) == "c++":
+        from tinylm.kernels import compiled
+
+        refusal = compiled.refusal(x_BTHD)
+        if refusal is None:
+            inputs = x_BTHD.flatten(0, 1), weight_HD, cos_TD, sin_TD, eps
+            out_NHD: Tensor = compiled.norm_rotary(*inputs)[0]
+            return out_NHD.view(x_BTHD.shape)
+        torch_instead_of_compiled("norm_rotary", x_BTHD.device.type, refusal, backend)
+    normed_BHTD = rms_norm(x_BTHD, weight_HD, eps=eps).transpose(1, 2)
+    return apply_rotary(normed_BHTD, cos_TD, sin_TD).transpose(1, 2)
 
 
 class _Rotary(torch.autograd.Function):

@@ -1,0 +1,197 @@
+// The kernels of a training step for tinylm/kernels/compiled.py, which checks what it passes:
+// memory of tensors as addresses, since neither torch nor its tensors are known here.
+#include "simd/training.hpp"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "bindings.hpp"
+#include "memory.hpp"
+#include "team.hpp"
+
+namespace py = pybind11;
+
+namespace tinylm {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* memory(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// What a thread has to do, in operations on one number each, to be worth waking.
+constexpr std::size_t kLeastWork = 1 << 16;
+
+int parts_for(std::size_t work, int threads) {
+  return static_cast<int>(std::clamp<std::size_t>(work / kLeastWork, 1,
+                                                  static_cast<std::size_t>(std::max(threads, 1))));
+}
+
+// Calls function(part, begin, end) for the ranges of `rows` rows that the parts have.
+template <class Function>
+void share_rows(std::size_t rows, int parts, Function&& function) {
+  const py::gil_scoped_release release;
+  const auto bound = [&](int part) { return rows * static_cast<std::size_t>(part) / parts; };
+  run_parts(parts, [&](int part) { function(part, bound(part), bound(part + 1)); });
+}
+
+template <class T>
+const RowKernels<T>& kernels();
+template <>
+const RowKernels<float>& kernels() {
+  return training_kernels().fp32;
+}
+template <>
+const RowKernels<Bf16>& kernels() {
+  return training_kernels().bf16;
+}
+
+template <class T>
+void exponentials(Address x, std::size_t rows, std::size_t columns, Address top, Address sum,
+                  int threads) {
+  share_rows(rows, parts_for(4 * rows * columns, threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               kernels<T>().exponentials(memory<T>(x) + begin * columns, end - begin, columns,
+                                         memory<float>(top) + begin, memory<float>(sum) + begin);
+             });
+}
+
+template <class T>
+void swiglu(Address x, Address out, std::size_t rows, std::size_t width, int threads) {
+  share_rows(rows, parts_for(4 * rows * width, threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               kernels<T>().swiglu(memory<T>(x) + begin * 2 * width, memory<T>(out) + begin * width,
+                                   end - begin, width);
+             });
+}
+
+template <class T>
+void swiglu_backward(Address x, Address dout, Address dx, std::size_t rows, std::size_t width,
+                     int threads) {
+  share_rows(rows, parts_for(8 * rows * width, threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               kernels<T>().swiglu_backward(memory<T>(x) + begin * 2 * width,
+                                            memory<T>(dout) + begin * width,
+                                            memory<T>(dx) + begin * 2 * width, end - begin, width);
+             });
+}
+
+// Addresses of the tables, and how many positions they have.
+using Angles = std::tuple<Address, Address, std::size_t>;
+// (rows, heads, width, stride)
+using Sizes = std::array<std::size_t, 4>;
+
+NormShape norm_shape(const Sizes& sizes, Address weight, const Angles& angles, float eps) {
+  const auto& [cos, sin, positions] = angles;
+  return {sizes[1], sizes[2],
+          sizes[3], memory<const float>(weight),
+          eps,      {memory<const float>(cos), memory<const float>(sin), positions}};
+}
+
+template <class T>
+void norm_rotary(Address x, Address out, Address r, const Sizes& sizes, Address weight,
+                 const Angles& angles, float eps, int threads) {
+  const NormShape shape = norm_shape(sizes, weight, angles, eps);
+  share_rows(sizes[0], parts_for(2 * sizes[0] * sizes[1] * sizes[2], threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               kernels<T>().norm_rotary(shape, memory<const T>(x), memory<T>(out), memory<float>(r),
+                                        begin, end);
+             });
+}
+
+// Rows whose sums are added up by themselves: a sum of many rounds its last terms away.
+constexpr std::size_t kSumRows = 64;
+
+// Each part has its own sums over rows, which are added up in order.
+template <class T>
+void norm_rotary_backward(Address x, Address r, Address dout, Address dx, Address dweight,
+                          const Sizes& sizes, Address weight, const Angles& angles, int threads) {
+  const NormShape shape = norm_shape(sizes, weight, angles, 0.0f);
+  const std::size_t count = sizes[1] * sizes[2];
+  const int parts = parts_for(4 * sizes[0] * count, threads);
+  std::vector<float> sums(count * static_cast<std::size_t>(parts));
+  const auto add = [count](const float* from, float* to) {
+    for (std::size_t i = 0; i < count; ++i) to[i] += from[i];
+  };
+  share_rows(sizes[0], parts, [&](int part, std::size_t begin, std::size_t end) {
+    std::vector<float> few(count);
+    for (std::size_t row = begin; row < end; row += kSumRows) {
+      std::fill(few.begin(), few.end(), 0.0f);
+      kernels<T>().norm_rotary_backward(shape, memory<T>(x), memory<const float>(r),
+                                        memory<const T>(dout), memory<T>(dx), few.data(), row,
+                                        std::min(row + kSumRows, end));
+      add(few.data(), sums.data() + count * static_cast<std::size_t>(part));
+    }
+  });
+  float* const total = memory<float>(dweight);
+  std::fill_n(total, count, 0.0f);
+  for (std::size_t at = 0; at < sums.size(); at += count) add(sums.data() + at, total);
+}
+
+// (address, and strides of batch, head, time)
+using Vectors = std::tuple<Address, std::size_t, std::size_t, std::size_t>;
+
+template <class T>
+HeadVectors<T> heads_of(const Vectors& vectors) {
+  const auto& [address, batch, head, time] = vectors;
+  return {memory<T>(address), {batch, head, time}};
+}
+
+// Shape is (batch, heads, length, width).
+int attention_parts(const Sizes& shape, int threads) {
+  const std::size_t heads = shape[0] * shape[1];
+  const std::size_t work = heads * shape[2] * shape[2] * shape[3] / 8;
+  return std::min(parts_for(work, threads), static_cast<int>(std::max<std::size_t>(heads, 1)));
+}
+
+void attention(const Sizes& shape, float scale, const Vectors& q, const Vectors& k,
+               const Vectors& v, const Vectors& out, Address lse, int threads) {
+  const AttentionShape attention{shape[1], shape[2], shape[3], scale};
+  share_rows(shape[0] * shape[1], attention_parts(shape, threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               training_kernels().attention.forward(
+                   attention, heads_of<const Bf16>(q), heads_of<const Bf16>(k),
+                   heads_of<const Bf16>(v), heads_of<Bf16>(out), memory<float>(lse), begin, end);
+             });
+}
+
+void attention_backward(const Sizes& shape, float scale, const Vectors& q, const Vectors& k,
+                        const Vectors& v, Address lse, const Vectors& dout, const Vectors& dq,
+                        const Vectors& dk, const Vectors& dv, int threads) {
+  const AttentionShape attention{shape[1], shape[2], shape[3], scale};
+  share_rows(shape[0] * shape[1], attention_parts(shape, threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               training_kernels().attention.backward(
+                   attention, heads_of<const Bf16>(q), heads_of<const Bf16>(k),
+                   heads_of<const Bf16>(v), memory<const float>(lse), heads_of<const Bf16>(dout),
+                   heads_of<Bf16>(dq), heads_of<Bf16>(dk), heads_of<Bf16>(dv), begin, end);
+             });
+}
+
+template <class T>
+void bind_rows(py::module_& m, const std::string& dtype) {
+  const auto name = [&](const char* kernel) { return kernel + ("_" + dtype); };
+  m.def(name("exponentials").c_str(), &exponentials<T>);
+  m.def(name("swiglu").c_str(), &swiglu<T>);
+  m.def(name("swiglu_backward").c_str(), &swiglu_backward<T>);
+  m.def(name("norm_rotary").c_str(), &norm_rotary<T>);
+  m.def(name("norm_rotary_backward").c_str(), &norm_rotary_backward<T>);
+}
+
+}  // namespace
+
+void bind_training(py::module_& m) {
+  bind_rows<float>(m, "fp32");
+  bind_rows<Bf16>(m, "bf16");
+  m.def("keep_freed_memory", &keep_freed_memory, py::arg("keep"),
+        "Whether malloc keeps what is freed for what comes next; False if that cannot be set.");
+  m.def("attention", &attention);
+  m.def("attention_backward", &attention_backward);
+}
+
+}  // namespace tinylm
