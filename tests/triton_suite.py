@@ -113,7 +113,7 @@ def test_attention(length: int, dtype: torch.dtype) -> None:
     check_attention(*(among_nan(randn(1, 2, length, 16, dtype=dtype, seed=i)) for i in range(3)))
 
 
-@pytest.mark.parametrize("head_dim", [24, 32, 64, 128])
+@pytest.mark.parametrize("head_dim", [1, 24, 32, 64, 128])
 @pytest.mark.parametrize("length", [20, 70])
 def test_attention_of_other_head_dimensions(length: int, head_dim: int) -> None:
     shape = 1, 2, length, head_dim
@@ -172,6 +172,33 @@ def test_attention_of_starts_in_any_order() -> None:
     q, k, v = (among_nan(randn(1, 1, 140, 16, seed=i)) for i in range(3))
     start = torch.randint(-20, 160, (1, 140), generator=torch.Generator().manual_seed(0))
     check_attention(q, k, v, start_BT=start.to(DEVICE))
+
+
+def test_attention_of_a_start_beyond_every_key() -> None:
+    """One of 2⁴⁰ is not taken for the 0 that its lower half is: the query sees nothing."""
+    q, k, v = (randn(1, 1, 40, 16, seed=i) for i in range(3))
+    start = torch.full((1, 1), 2**40, device=DEVICE)
+    for queries in (40, 1):
+        out = kernels.causal_attention(q[:, :, -queries:], k, v, start_BT=start, backend="triton")
+        assert (out == 0).all()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (2, 40), (2, 700)])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_attention_does_not_hide_what_is_not_a_number(
+    started: bool, queries: int, keys: int
+) -> None:
+    """Not even where rows are zero that see nothing: a run that goes wrong has to show."""
+    q = randn(1, 2, queries, 16)
+    q[0, 0, 1] = float("nan")
+    k, v = (randn(1, 2, keys, 16, seed=i) for i in (1, 2))
+    start = torch.tensor([[5]], device=DEVICE) if started else None
+    with torch.no_grad():
+        out = kernels.causal_attention(q, k, v, start_BT=start, backend="triton", causal=False)
+    assert out[0, 0, 1].isnan().all()
+    out[0, 0, 1] = 0
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("length", [12, 60])
@@ -410,11 +437,15 @@ def test_linear_cross_entropy_without_a_loss_scale_does_not_underflow() -> None:
 def test_linear_cross_entropy_of_what_counts_nowhere_and_of_targets_out_of_range() -> None:
     h, weight = randn(5, 16).requires_grad_(), randn(20, 16, seed=1).requires_grad_()
 
-    def loss(*targets: int) -> Tensor:
-        ids = torch.tensor(targets, device=DEVICE)
+    def loss(*targets: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        ids = torch.tensor(targets, device=DEVICE, dtype=dtype)
         return kernels.linear_cross_entropy(h, weight, ids, backend="triton", ignore_index=7)
 
-    assert loss(7, 7, 7, 7, 7).isnan()  # as in torch: a mean over nothing
+    nothing = loss(7, 7, 7, 7, 7)
+    assert nothing.isnan()  # as in torch: a mean over nothing, whose gradient is 0
+    for gradient in torch.autograd.grad(nothing, (h, weight)):
+        assert (gradient == 0).all()
+    assert torch.equal(loss(1, 2, 3, 4, 5), loss(1, 2, 3, 4, 5, dtype=torch.int32))
     assert loss(1, 2, 3, 4, 20).isnan()
     assert loss(1, 2, 3, 4, -1).isnan()
     for gradient in torch.autograd.grad(loss(7, 1, 7, 7, 2), (h, weight)):
@@ -538,6 +569,25 @@ def test_gradients_of_some_inputs_only() -> None:
     kernels.causal_attention(q, k.requires_grad_(), v, backend="triton").sum().backward()
     assert k.grad is not None
     assert q.grad is None
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    """Not wrong in silence."""
+    x, weight, targets = randn(1, 1, 9, 16), randn(16, seed=1), torch.arange(9, device=DEVICE)
+    calls = [
+        lambda x: kernels.causal_attention(x, x, x, backend="triton"),
+        lambda x: kernels.rms_norm(x, weight, backend="triton"),
+        lambda x: kernels.layer_norm(x, weight, backend="triton"),
+        lambda x: kernels.linear_cross_entropy(x[0, 0], x[0, 0], targets, backend="triton"),
+        lambda x: kernels.linear_cross_entropy(
+            x[0, 0], weight.expand(9, 16), targets, backend="triton"
+        ),
+    ]
+    for call in calls:
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="autograd|twice"):
+            gradient.square().sum().backward()
 
 
 def _operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:

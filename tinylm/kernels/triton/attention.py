@@ -183,8 +183,6 @@ def refusal(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> str | None:
     """Why these kernels do not take a call; None if they do."""
     head_dim = q_BHTD.shape[3]
     largest = LARGEST_HEAD_DIM.get(q_BHTD.dtype, 0)
-    if not (k_BHSD.dtype == v_BHSD.dtype == q_BHTD.dtype):
-        return f"mixed dtypes {q_BHTD.dtype}, {k_BHSD.dtype} and {v_BHSD.dtype}"
     if why := dtype_refusal(q_BHTD) or matmul_refusal(q_BHTD):
         return why
     if head_dim > largest:

@@ -246,7 +246,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dloss_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, dloss_N: Tensor | None, _: Tensor | None, ddh_NC: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if ddh_NC is not None:
+        raise RuntimeError("linear_cross_entropy cannot be differentiated twice")
     if dloss_N is None:
         return (None,) * 9
     h_NC, weight_VC, bias_V, target_N, lse_N, dh_NC = ctx.saved_tensors
