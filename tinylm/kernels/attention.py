@@ -100,12 +100,14 @@ def document_starts(ids_BT: Tensor, end_id: int) -> Tensor:
 
 
 def _check(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-    shapes = " and ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHSD, v_BHSD))
-    if not (q_BHTD.dim() == k_BHSD.dim() == 4 and k_BHSD.shape == v_BHSD.shape):
-        raise InputError(f"attention of shapes {shapes}: needs (B, H, T, D) and twice (B, H, S, D)")
+    fits = q_BHTD.dim() == k_BHSD.dim() == 4 and k_BHSD.shape == v_BHSD.shape
+    if not fits or q_BHTD.shape[::3] != k_BHSD.shape[::3]:
+        shapes = " and ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHSD, v_BHSD))
+        needs = "batch and head dimension must be the same" if fits else (
+            "needs (B, H, T, D) and twice (B, H, S, D)"
+        )
+        raise InputError(f"attention of shapes {shapes}: {needs}")
     (_, H, T, _), (_, H_kv, S, _) = q_BHTD.shape, k_BHSD.shape
-    if q_BHTD.shape[::3] != k_BHSD.shape[::3]:
-        raise InputError(f"attention of shapes {shapes}: batch and head dimension must be the same")
     if not H or not H_kv or H % H_kv:
         raise InputError(f"attention of {H} query heads on {H_kv} key heads: not a multiple")
     if T > S:
@@ -204,7 +206,7 @@ class _Blocked(torch.autograd.Function):
             dout_block = dout[:, :, start:end]
             dp = dout_block @ v[:, :, :end].transpose(-1, -2)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            torch.mul(ds @ k[:, :, :end], ctx.scale, out=dq[:, :, start:end])
+            dq[:, :, start:end] = (ds @ k[:, :, :end]).mul_(ctx.scale)
             dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
             dv[:, :, :end] += p.transpose(-1, -2) @ dout_block
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
