@@ -21,6 +21,7 @@ from tinylm.kernels.triton.attention_kernels import (
 )
 from tinylm.kernels.triton.common import (
     LOG2E,
+    MOST_REGISTERS,
     Tile,
     capability,
     dense_last,
@@ -93,6 +94,7 @@ def attention_forward(
             *_strides(*inputs),
             CAUSAL=causal, D=D, BLOCK_D=power_of_two(D),
             BLOCK_T=tile.rows, BLOCK_S=tile.columns, **tile.launch,
+            maxnreg=MOST_REGISTERS if D > 64 else None,
         )  # fmt: skip
     return out_BTHD, lse_BHT
 

@@ -25,6 +25,7 @@ from tinylm.kernels.triton.common import (
     LN2,
     LOG2E,
     MASKED,
+    MOST_REGISTERS,
     Tile,
     capability,
     dtype_refusal,
@@ -191,6 +192,7 @@ def linear_cross_entropy_forward(
             loss_N, lse_N, dh_NC if need_dh else None, N, weight_VC.shape[0], ignore_index,
             softcap or 1.0, z_loss, CAPPED=softcap is not None,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.rows, BLOCK_V=tile.columns, **tile.launch,
+            maxnreg=MOST_REGISTERS if C > 128 else None,
         )  # fmt: skip
     return loss_N, lse_N, dh_NC
 
