@@ -145,7 +145,15 @@ def test_no_gradient_crosses_a_document_boundary(backend: str) -> None:
         ((1, 3, 4, 8), (1, 2, 4, 8), {}, "3 query heads on 2 key heads"),
         ((1, 2, 4, 8), (2, 2, 4, 8), {}, "batch and head dimension must be the same"),
         ((2, 4, 8), (2, 4, 8), {}, r"needs \(B, H, T, D\)"),
-        ((3, 2, 4, 8), (3, 2, 4, 8), {"start_BT": torch.zeros(2)}, r"expand to \(3, 4\)"),
+        ((1, 0, 4, 8), (1, 2, 4, 8), {}, "0 query heads on 2 key heads"),
+        ((3, 2, 4, 8), (3, 2, 4, 8), {"start_BT": torch.arange(2)}, r"expand to \(3, 4\)"),
+        ((1, 2, 4, 8), (1, 2, 4, 8), {"start_BT": torch.ones(4)}, r"float32; it holds places"),
+        (
+            (1, 2, 4, 8),
+            (1, 2, 4, 8),
+            {"start_BT": torch.zeros(4, dtype=int, device="meta")},
+            "on cpu and meta",
+        ),
     ],
 )
 def test_attention_refuses_shapes_that_do_not_belong_together(
@@ -157,7 +165,7 @@ def test_attention_refuses_shapes_that_do_not_belong_together(
 
 
 @pytest.mark.parametrize("backend", TORCH["causal_attention"])
-@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 2, 0, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 2, 0, 16), (2, 2, 5, 0)], ids=str)
 def test_attention_of_nothing(shape: tuple[int, ...], backend: str) -> None:
     q = torch.zeros(shape, requires_grad=True)
     k = torch.zeros(shape[0], 2, *shape[2:], requires_grad=True)
@@ -166,3 +174,38 @@ def test_attention_of_nothing(shape: tuple[int, ...], backend: str) -> None:
         assert out.shape == shape
         out.sum().backward()
         assert (k.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_attention_of_no_queries(backend: str) -> None:
+    k = torch.zeros(2, 2, 5, 16, requires_grad=True)
+    out = kernels.causal_attention(torch.zeros(2, 2, 0, 16), k, k, backend=backend)
+    assert out.shape == (2, 2, 0, 16)
+    assert (torch.autograd.grad(out.sum(), k)[0] == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [1, 129])
+@pytest.mark.parametrize("backend", TORCH["causal_attention"])
+def test_attention_of_inputs_with_any_strides(backend: str, head_dim: int) -> None:
+    """Expanded, turned around, and of other dtypes than the queries, which decide."""
+    q = randn(1, 1, 70, head_dim, dtype=torch.float32).expand(2, 3, -1, -1).requires_grad_()
+    k = randn(2, 70, 3, head_dim, dtype=torch.float32, seed=1).transpose(1, 2).requires_grad_()
+    v = randn(2, 3, 70, 1, seed=2).expand(-1, -1, -1, head_dim).requires_grad_()
+    out = kernels.causal_attention(q, k, v, backend=backend)
+    assert out.dtype == torch.float32
+    inputs64 = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = slow_attention(*inputs64)
+    assert_close(out, expected, torch.float32, "out")
+    pairs = zip(gradients(out, q, k, v), gradients(expected, *inputs64), strict=True)
+    for actual, wanted in pairs:
+        assert_close(actual, wanted, torch.float32, "gradient", floor=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_attention_in_blocks_under_autocast_on_a_gpu() -> None:
+    """Where autocast would make the softmax fp32, and its gradient's products fail."""
+    x = randn(1, 2, 70, 32, dtype=torch.float32).cuda().requires_grad_()
+    with torch.autocast("cuda", torch.float16):
+        out = kernels.causal_attention(x, x + 1, x * 2, backend="blocked")
+    assert torch.autograd.grad(out.float().sum(), x)[0].isfinite().all()

@@ -1,14 +1,18 @@
 """The linear cross-entropy in torch against float64 references, forwards and gradients."""
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from operators import DTYPES, TORCH, assert_close, gradients, randn
+from torch import Tensor
 
 from tinylm import kernels
 from tinylm.errors import InputError
+
+chunked = sys.modules["tinylm.kernels.linear_cross_entropy"]  # its function has its name
 
 
 @pytest.mark.parametrize("rows", [1, 31, 100, 600])
@@ -86,7 +90,9 @@ def test_gradients_of_a_mean_of_row_losses_do_not_underflow() -> None:
         ({"reduction": "max"}, "reduction is 'max'; choose mean, sum or none"),
         ({"bias_V": torch.zeros(3)}, "one bias per token"),
         ({"targets_N": torch.zeros(3, dtype=torch.long)}, "one target per row"),
+        ({"targets_N": torch.zeros(4)}, r"targets are torch\.float32"),
         ({"weight_VC": torch.zeros(9, 5)}, r"shapes \(4, 8\) and \(9, 5\)"),
+        ({"weight_VC": torch.zeros(9, 8, device="meta")}, "on cpu and meta"),
     ],
 )
 def test_linear_cross_entropy_refuses_what_does_not_belong_together(
@@ -159,3 +165,59 @@ def test_linear_cross_entropy_of_nothing(backend: str) -> None:
         assert loss.shape == ((0,) if reduction == "none" else ())
         assert (loss.sum() == 0) != (reduction == "mean")
         assert torch.autograd.grad(loss.sum(), weight)[0].shape == weight.shape
+
+
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
+def test_linear_cross_entropy_of_no_vocabulary(backend: str) -> None:
+    targets = torch.full((4,), -100)
+    inputs = torch.ones(4, 8), torch.ones(0, 8), targets
+    assert kernels.linear_cross_entropy(*inputs, reduction="sum", backend=backend) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
+def test_linear_cross_entropy_where_no_row_counts(
+    backend: str, reduction: str, dtype: torch.dtype
+) -> None:
+    """As in torch: the mean is NaN, but its gradients are 0."""
+    h, weight = (randn(n, 8, dtype=dtype).requires_grad_() for n in (4, 9))
+    targets = torch.full((4,), 3)
+    loss = kernels.linear_cross_entropy(
+        h, weight, targets, ignore_index=3, reduction=reduction, backend=backend
+    )
+    assert loss.isnan() if reduction == "mean" else (loss == 0).all()
+    for gradient in torch.autograd.grad(loss.sum(), (h, weight)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", TORCH["linear_cross_entropy"])
+def test_targets_of_any_whole_numbers_within_the_vocabulary(
+    backend: str, dtype: torch.dtype
+) -> None:
+    h, weight = randn(4, 8, dtype=dtype).requires_grad_(), randn(9, 8, dtype=dtype, seed=1)
+
+    def loss(targets: Tensor) -> Tensor:
+        return kernels.linear_cross_entropy(h, weight, targets, backend=backend)
+
+    expected = loss(torch.tensor([3, 0, 8, 1]))
+    for kind in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(loss(torch.tensor([3, 0, 8, 1], dtype=kind)), expected)
+    assert torch.equal(loss(torch.tensor(5).expand(4)), loss(torch.full((4,), 5)))
+    for outside in (-1, 9):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            loss(torch.tensor([3, 0, outside, 1]))
+
+
+def test_linear_cross_entropy_without_gradients_computes_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    original = chunked._chunked
+    monkeypatch.setattr(chunked, "_chunked", lambda *a: asked.append(a[5]) or original(*a))
+    h, weight = (randn(n, 8, dtype=torch.float32).requires_grad_() for n in (4, 9))
+    with torch.no_grad():
+        kernels.linear_cross_entropy(h, weight, torch.arange(4), backend="chunked")
+    kernels.linear_cross_entropy(h, weight, torch.arange(4), backend="chunked")
+    assert asked == [(False, False, False), (True, True, False)]

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from operators import randn
+from operators import TORCH, randn
+from torch import Tensor
 
 from tinylm import kernels
 from tinylm.errors import InputError
@@ -70,3 +71,50 @@ def test_unknown_backend_is_named() -> None:
     x = randn(1, 1, 2, 16, dtype=torch.float32)
     with pytest.raises(InputError, match="no backend 'flash'"):
         kernels.causal_attention(x, x, x, backend="flash")
+
+
+WEIGHT = randn(8, seed=9)
+OPERATORS = {
+    "causal_attention": lambda x, **options: kernels.causal_attention(x, x + 1, x * 2, **options),
+    "layer_norm": lambda x, **options: kernels.layer_norm(x, WEIGHT, **options),
+    "rms_norm": lambda x, **options: kernels.rms_norm(x, WEIGHT, **options),
+    "linear_cross_entropy": lambda x, **options: kernels.linear_cross_entropy(
+        x[0, 0], x[0, 1], torch.arange(x.shape[2]), **options
+    ),
+}
+BACKENDS = [(name, backend) for name in OPERATORS for backend in TORCH[name]]
+
+
+# Their gradients are computed by hand, and are constants to autograd, which must not pass for it.
+BY_HAND = [
+    ("causal_attention", "sdpa"),
+    ("causal_attention", "blocked"),
+    ("rms_norm", "torch"),
+    ("linear_cross_entropy", "chunked"),
+]
+
+
+@pytest.mark.parametrize(("operator", "backend"), BACKENDS)
+def test_second_derivatives_are_right_or_refused(operator: str, backend: str) -> None:
+    def size_of_gradient(x: Tensor) -> Tensor:
+        loss = OPERATORS[operator](x, backend=backend).square().sum()
+        return torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+
+    x = randn(1, 2, 5, 8).requires_grad_()
+    if (operator, backend) in BY_HAND:
+        with pytest.raises(RuntimeError, match=r"twice|not implemented"):
+            size_of_gradient(x).backward()
+        return
+    size_of_gradient(x).backward()
+    assert x.grad is not None
+    direction = randn(1, 2, 5, 8, seed=1)
+    ahead, behind = (size_of_gradient(x + s * direction).item() for s in (1e-5, -1e-5))
+    assert float((x.grad * direction).sum()) == pytest.approx((ahead - behind) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("operator", "backend"), BACKENDS)
+def test_autocast_leaves_fp64_alone(operator: str, backend: str) -> None:
+    x = randn(1, 2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = OPERATORS[operator](x, backend=backend)
+    assert torch.equal(out, OPERATORS[operator](x, backend=backend))

@@ -1,4 +1,4 @@
-"""The norms and the rotary embedding in torch against float64 references, forwards and gradients."""
+"""The norms and the rotary embedding in torch against float64 references, gradients too."""
 
 import math
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operators import DTYPES, TORCH, assert_close, gradients, randn
+from torch import Tensor
 
 from tinylm import kernels
+from tinylm.errors import InputError
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,3 +118,25 @@ def test_norms_of_nothing(backend: str) -> None:
     for out in norms:
         assert out.shape == (0, 16)
         assert (torch.autograd.grad(out.sum(), weight)[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("operator", "weight", "options", "message"),
+    [
+        ("rms_norm", (7,), {}, r"shape \(2, 8\) with a weight of shape \(7,\)"),
+        ("rms_norm", (3, 8), {}, "the same last dimensions"),
+        ("rms_norm", (), {}, "the same last dimensions"),
+        ("layer_norm", (1,), {}, "the same last dimensions"),
+        ("layer_norm", (2, 8), {}, "one value per column"),
+        ("layer_norm", (8,), {"bias": torch.zeros(1)}, "one value per column"),
+        ("layer_norm", (8,), {"residual": torch.zeros(2, 8, device="meta")}, "cpu and meta"),
+    ],
+)
+def test_norms_refuse_what_does_not_belong_together(
+    operator: str, weight: tuple[int, ...], options: dict[str, Tensor], message: str
+) -> None:
+    for backend in TORCH[operator]:
+        with pytest.raises(InputError, match=message):
+            getattr(kernels, operator)(
+                torch.ones(2, 8), torch.ones(weight), backend=backend, **options
+            )
