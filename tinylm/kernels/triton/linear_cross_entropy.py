@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinylm.kernels.triton.common import (
     LN2,
@@ -45,17 +46,6 @@ def _bounded(y):
     return 1.0 - 2.0 / (1.0 + tl.exp2(y * (2.0 * LOG2E)))
 
 
-@triton.jit
-def _own_rows(WEIGHT, target, known, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The row of the weight that belongs to each target, zero for those that are not known."""
-    column = tl.arange(0, BLOCK_C)
-    return tl.load(
-        WEIGHT + target.to(tl.int32)[:, None] * C + column[None, :],
-        mask=known[:, None] & (column < C)[None, :],
-        other=0.0,
-    )
-
-
 @triton.jit(do_not_specialize=["rows", "softcap", "z_loss"])
 def tinylm_linear_cross_entropy_forward(
     H, WEIGHT, BIAS, TARGET, LOSS, LSE, DH, rows, vocabulary, ignore_index, softcap, z_loss,
@@ -65,19 +55,6 @@ def tinylm_linear_cross_entropy_forward(
     """One program per tile of rows. LSE is in base 2; BIAS and DH may be None."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = load_rows(H, row, rows, C, C, BLOCK_C)
-    target = tl.load(TARGET + row, mask=row < rows, other=ignore_index)
-    kept = target != ignore_index
-    known = kept & (target >= 0) & (target < vocabulary)
-    own_weight = _own_rows(WEIGHT, target, known, C, BLOCK_C)
-    own = tl.sum(h.to(tl.float32) * own_weight.to(tl.float32), 1)
-    if BIAS is not None:
-        own += tl.load(BIAS + target, mask=known, other=0.0).to(tl.float32)
-    slope = 1.0
-    if CAPPED:
-        bounded_own = _bounded(own / softcap)
-        own = bounded_own * softcap
-        slope = (1.0 - bounded_own * bounded_own)[:, None]
-
     top = tl.full([BLOCK_N], MASKED, tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     mean = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)  # of the weight, under the softmax
@@ -105,14 +82,29 @@ def tinylm_linear_cross_entropy_forward(
         top = new_top
 
     lse = top + tl.log2(total)
+    target = tl.load(TARGET + row, mask=row < rows, other=ignore_index)
+    kept = target != ignore_index
+    known = kept & (target >= 0) & (target < vocabulary)
+    column = tl.arange(0, BLOCK_C)
+    own_weight = tl.load(
+        WEIGHT + target.to(tl.int32)[:, None] * C + column[None, :],
+        mask=known[:, None] & (column < C)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    own = tl.sum(h.to(tl.float32) * own_weight, 1)
+    if BIAS is not None:
+        own += tl.load(BIAS + target, mask=known, other=0.0).to(tl.float32)
+    slope = 1.0
+    if CAPPED:
+        bounded_own = _bounded(own / softcap)
+        own = bounded_own * softcap
+        slope = (1.0 - bounded_own * bounded_own)[:, None]
     nats = lse * LN2
     loss = tl.where(known, nats - own + nats * nats * z_loss, float("nan"))
     tl.store(LOSS + row, tl.where(kept, loss, 0.0), mask=row < rows)
     tl.store(LSE + row, lse, mask=row < rows)
     if DH is not None:
         mean *= ((1.0 + nats * (2.0 * z_loss)) / total)[:, None]
-        # Read again: kept since the loss, it would take registers through the whole loop.
-        own_weight = _own_rows(WEIGHT, target, known, C, BLOCK_C).to(tl.float32)
         dh = tl.where(kept[:, None], mean - own_weight * slope, 0.0)
         store_rows(DH, row, rows, C, dh, C, BLOCK_C)
 
@@ -248,11 +240,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, dloss_N: Tensor | None, _: Tensor | None, ddh_NC: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if ddh_NC is not None:
-        raise RuntimeError("linear_cross_entropy cannot be differentiated twice")
+@once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+def _backward(ctx: Any, dloss_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss_N is None:
         return (None,) * 9
     h_NC, weight_VC, bias_V, target_N, lse_N, dh_NC = ctx.saved_tensors
