@@ -1,4 +1,4 @@
-"""torch.compile of the operators in torch, as one graph. That of the Triton kernels: triton_suite.py."""
+"""torch.compile of the operators in torch, as one graph; for Triton's: `triton_operators.py`."""
 
 import shutil
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def every_operator(x: Tensor, weight: Tensor, head: Tensor) -> Tensor:
     return kernels.linear_cross_entropy(h.reshape(-1, 16), head, targets)
 
 
-@pytest.mark.slow  # a C++ compiler runs for most of it
+@pytest.mark.slow  # the C++ compiler takes some twenty seconds
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_operators_compile_to_native_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -55,10 +55,9 @@ def test_operators_compile_to_native_code(tmp_path: Path, monkeypatch: pytest.Mo
         assert_same(actual, wanted)
 
 
-@pytest.mark.parametrize("preset", ["modern", "causal"])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("preset", "bf16"), [("modern", True), ("causal", False)])
 def test_a_model_compiles_for_any_length(preset: str, bf16: bool) -> None:
-    """As one graph, with its gradients; with ``aot_eager``, which traces all but needs no C++."""
+    """With its gradients; by ``aot_eager``, which traces all of it and runs no C++ compiler."""
     sizes = {"vocab_size": 50, "d_model": 32, "n_heads": 2, "n_layers": 1, "d_ff": 48}
     config = replace(TrainConfig.from_preset(preset).model, max_seq_len=80, **sizes)
     model = Transformer(config)
