@@ -103,9 +103,9 @@ def _check(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
     fits = q_BHTD.dim() == k_BHSD.dim() == 4 and k_BHSD.shape == v_BHSD.shape
     if not fits or q_BHTD.shape[::3] != k_BHSD.shape[::3]:
         shapes = " and ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHSD, v_BHSD))
-        needs = "batch and head dimension must be the same" if fits else (
-            "needs (B, H, T, D) and twice (B, H, S, D)"
-        )
+        needs = "needs (B, H, T, D) and twice (B, H, S, D)"
+        if fits:
+            needs = "batch and head dimension must be the same"
         raise InputError(f"attention of shapes {shapes}: {needs}")
     (_, H, T, _), (_, H_kv, S, _) = q_BHTD.shape, k_BHSD.shape
     if not H or not H_kv or H % H_kv:
