@@ -15,6 +15,7 @@ from tinylm.kernels.triton.attention_kernels import LENGTHS, seeing, visible
 from tinylm.kernels.triton.common import (
     LOG2E,
     MASKED,
+    MOST_REGISTERS,
     Tile,
     capability,
     load_rows,
@@ -163,6 +164,7 @@ def forward(
         scale * LOG2E.value, H_kv, H // H_kv, T, S, chunk, *strides,
         CAUSAL=causal, SPLIT=parts > 1, D=D, BLOCK_D=power_of_two(D),
         BLOCK_R=tile.rows, BLOCK_S=tile.columns, **tile.launch,
+        maxnreg=MOST_REGISTERS if q_BHTD.dtype == torch.float32 else None,
     )  # fmt: skip
     if parts > 1:
         rows = max(1, 256 // power_of_two(D))
