@@ -129,6 +129,7 @@ def attention_backward(
         tinylm_attention_backward_dkdv[(B * H_kv, triton.cdiv(S, by_key.columns))](
             *inputs, dout_BTHD, lse_BHT, delta_BHT, dk, dv, scale, H_kv, H // H_kv, T, S,
             *strides, **shape, BLOCK_T=by_key.rows, BLOCK_S=by_key.columns, **by_key.launch,
+            maxnreg=MOST_REGISTERS if q_BHTD.dtype == torch.float32 else None,
         )  # fmt: skip
     return dq, dk, dv
 
