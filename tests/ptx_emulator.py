@@ -30,7 +30,7 @@ DTYPES: dict[str, Any] = {
 RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 COMPARE: dict[str, Callable[..., Array]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
-    "gt": np.greater, "ge": np.greater_equal,
+    "gt": np.greater, "ge": np.greater_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b),
 }  # fmt: skip
 FLOAT: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.fmax,

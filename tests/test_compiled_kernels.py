@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import TOLERANCE, assert_close, gradients, randn
+from operators import TOLERANCE, assert_close, gradients, randn
 from torch import Tensor
 
 from tinylm import kernels

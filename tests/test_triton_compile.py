@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,12 +60,10 @@ def compiled(arch: int, dtype: str, cache: Path, *options: str) -> list[dict[str
 def test_kernels_keep_to_their_budgets(arch: int, dtype: str, tmp_path: Path) -> None:
     kernels = compiled(arch, dtype, tmp_path)
     found = [kernel["kernel"] for kernel in kernels]
-    # The assembler of Triton 3.6 spills 16 bytes of one kernel on 9.0, that of 3.8 8 bytes on 8.9.
-    spilled = {(90, "3.6"): 16, (89, "3.8"): 8}.get((arch, version("triton")[:3]), 0)
     in_fp32 = dtype == "float32"
     assert {name: found.count(name) for name in found} == KERNELS | (IN_FP32 if in_fp32 else {})
     for kernel in kernels:
-        assert kernel["stack"] <= spilled, f"spills: {kernel}"
+        assert kernel["stack"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= SHARED[arch], kernel
         if in_fp32 or kernel["kernel"].startswith(WITHOUT_PRODUCTS):
             assert kernel["mma"] == [], kernel

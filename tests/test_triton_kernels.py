@@ -1,4 +1,4 @@
-"""Runs `triton_suite.py` where Triton can run: in its interpreter, and on a GPU if there is one.
+"""Runs the tests of the Triton kernels: in Triton's interpreter, and on a GPU if there is one.
 
 Each in a process of its own: the interpreter is chosen for good when a kernel is imported.
 """
@@ -14,7 +14,10 @@ import pytest
 import torch
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-SUITE = Path(__file__).with_name("triton_suite.py")
+HERE = Path(__file__).parent
+SUITE = [
+    HERE / f"triton_{subject}.py" for subject in ("attention", "norm", "cross_entropy", "operators")
+]
 
 
 def _release(package: str) -> tuple[int, ...]:
@@ -22,9 +25,9 @@ def _release(package: str) -> tuple[int, ...]:
 
 
 def run_suite(**environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", SUITE]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *SUITE]
     done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, cwd=SUITE.parents[1]
+        command, env=os.environ | environment, capture_output=True, text=True, cwd=HERE.parent
     )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 

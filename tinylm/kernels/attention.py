@@ -6,11 +6,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinylm.errors import InputError
 from tinylm.kernels.dispatch import (
     at_most,
     autocast_dtype,
+    check_devices,
     dtype_name,
     implementation,
     statistics_dtype,
@@ -39,7 +41,8 @@ def causal_attention(
 
     The T queries are the last T of the S positions, so that cached decoding (T = 1, S long) and
     training (T = S) are the same call. Keys and values may have fewer heads than queries, each
-    then serving ``H / H_kv`` consecutive query heads (Ainslie et al. 2023).
+    then serving ``H / H_kv`` consecutive query heads (Ainslie et al. 2023). Everything is computed
+    in autocast's dtype if it is on, else in that of ``q_BHTD``; the softmax in fp32.
 
     Args:
         scale: factor on the scores, ``1 / sqrt(D)`` if None.
@@ -51,24 +54,25 @@ def causal_attention(
             device if None.
 
     Returns:
-        out_BHTD in the dtype of ``q_BHTD``.
+        out_BHTD in the dtype of the products.
 
     Raises:
-        InputError: the shapes do not belong together.
+        InputError: the shapes do not belong together, or are on several devices.
     """
     _check(q_BHTD, k_BHSD, v_BHSD)
-    scale = 1.0 / math.sqrt(q_BHTD.shape[-1]) if scale is None else scale
+    check_devices("causal_attention", q_BHTD, k_BHSD, v_BHSD, start_BT)
+    scale = 1.0 / math.sqrt(max(1, q_BHTD.shape[-1])) if scale is None else scale
+    dtype = autocast_dtype(q_BHTD)
+    q_BHTD, k_BHSD, v_BHSD = (x.to(dtype) for x in (q_BHTD, k_BHSD, v_BHSD))
     start_BT = None if start_BT is None else _expanded(start_BT, q_BHTD)
     kind = call_kind(q_BHTD, k_BHSD, start_BT)
     name = implementation("causal_attention", q_BHTD.device, backend, kind)
     if name == "triton":
         from tinylm.kernels.triton import attention as kernels
 
-        dtype = autocast_dtype(q_BHTD)
-        qkv = q_BHTD.to(dtype), k_BHSD.to(dtype), v_BHSD.to(dtype)
-        refusal = kernels.refusal(*qkv)
+        refusal = kernels.refusal(q_BHTD, k_BHSD, v_BHSD)
         if refusal is None:
-            return kernels.attention(*qkv, start_BT, scale, causal)
+            return kernels.attention(q_BHTD, k_BHSD, v_BHSD, start_BT, scale, causal)
         name = torch_instead("causal_attention", q_BHTD.device.type, refusal)
     groups = q_BHTD.shape[1] // k_BHSD.shape[1]
     if groups > 1:
@@ -108,13 +112,15 @@ def document_starts(ids_BT: Tensor, end_id: int) -> Tensor:
 
 
 def _check(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
-    shapes = " and ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHSD, v_BHSD))
-    if not (q_BHTD.dim() == k_BHSD.dim() == 4 and k_BHSD.shape == v_BHSD.shape):
-        raise InputError(f"attention of shapes {shapes}: needs (B, H, T, D) and twice (B, H, S, D)")
+    fits = q_BHTD.dim() == k_BHSD.dim() == 4 and k_BHSD.shape == v_BHSD.shape
+    if not fits or q_BHTD.shape[::3] != k_BHSD.shape[::3]:
+        shapes = " and ".join(str(tuple(x.shape)) for x in (q_BHTD, k_BHSD, v_BHSD))
+        needs = "needs (B, H, T, D) and twice (B, H, S, D)"
+        if fits:
+            needs = "batch and head dimension must be the same"
+        raise InputError(f"attention of shapes {shapes}: {needs}")
     (_, H, T, _), (_, H_kv, S, _) = q_BHTD.shape, k_BHSD.shape
-    if q_BHTD.shape[::3] != k_BHSD.shape[::3]:
-        raise InputError(f"attention of shapes {shapes}: batch and head dimension must be the same")
-    if H_kv == 0 or H % H_kv:
+    if not H or not H_kv or H % H_kv:
         raise InputError(f"attention of {H} query heads on {H_kv} key heads: not a multiple")
     if T > S:
         raise InputError(f"attention of {T} queries on {S} keys: the queries are the last of them")
@@ -122,6 +128,8 @@ def _check(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> None:
 
 def _expanded(start_BT: Tensor, q_BHTD: Tensor) -> Tensor:
     B, _, T, _ = q_BHTD.shape
+    if start_BT.is_floating_point():
+        raise InputError(f"start_BT is {start_BT.dtype}; it holds places, which are whole numbers")
     try:
         return start_BT.expand(B, T)
     except RuntimeError:
@@ -149,13 +157,9 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _matmul(
-    q_BHTD: Tensor,
-    k_BHSD: Tensor,
-    v_BHSD: Tensor,
-    scale: float,
-    causal: bool,
+    q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, causal: bool,
     start_BT: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The plain reference. The softmax is fp32 whatever the inputs are."""
     mask = _mask(q_BHTD, k_BHSD, causal, start_BT)
     scores_BHTS = (q_BHTD * scale) @ k_BHSD.transpose(-1, -2)
@@ -173,22 +177,16 @@ BLOCK_QUERIES = 64
 
 
 def _blocked(
-    q_BHTD: Tensor,
-    k_BHSD: Tensor,
-    v_BHSD: Tensor,
-    scale: float,
-    causal: bool,
+    q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, causal: bool,
     start_BT: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Blocks of queries, each with the keys up to its own last position only.
 
     Whatever else there is to mask goes to `_matmul`.
     """
     if not causal or start_BT is not None or q_BHTD.shape[2] != k_BHSD.shape[2]:
         return _matmul(q_BHTD, k_BHSD, v_BHSD, scale, causal, start_BT)
-    dtype = autocast_dtype(q_BHTD)
-    q, k, v = (x.to(dtype) for x in (q_BHTD, k_BHSD, v_BHSD))
-    out_BHTD: Tensor = _Blocked.apply(q, k, v, scale)  # type: ignore[no-untyped-call]
+    out_BHTD: Tensor = _Blocked.apply(q_BHTD, k_BHSD, v_BHSD, scale)  # type: ignore[no-untyped-call]
     return out_BHTD
 
 
@@ -203,13 +201,15 @@ class _Blocked(torch.autograd.Function):
             scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
             below = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril_()
             scores[..., start:] += _bias(below, scores.dtype)
-            weights.append(torch.softmax(scores, dim=-1))
+            # In a dtype that is named, for autocast on a GPU would make it fp32.
+            weights.append(torch.softmax(scores, dim=-1, dtype=scores.dtype))
             out_BHTD[:, :, start:end] = weights[-1] @ v[:, :, :end]
         ctx.save_for_backward(q, k, v, *weights)
         ctx.scale = scale
         return out_BHTD
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *weights = ctx.saved_tensors
         dout = grad_outputs[0].contiguous()
@@ -218,7 +218,7 @@ class _Blocked(torch.autograd.Function):
             dout_block = dout[:, :, start:end]
             dp = dout_block @ v[:, :, :end].transpose(-1, -2)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            torch.mul(ds @ k[:, :, :end], ctx.scale, out=dq[:, :, start:end])
+            dq[:, :, start:end] = (ds @ k[:, :, :end]).mul_(ctx.scale)
             dk[:, :, :end] += ds.transpose(-1, -2) @ q[:, :, start:end]
             dv[:, :, :end] += p.transpose(-1, -2) @ dout_block
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
@@ -230,13 +230,9 @@ def _blocks(q_BHTD: Tensor) -> list[tuple[int, int]]:
 
 
 def _sdpa(
-    q_BHTD: Tensor,
-    k_BHSD: Tensor,
-    v_BHSD: Tensor,
-    scale: float,
-    causal: bool,
+    q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, scale: float, causal: bool,
     start_BT: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     T, S = q_BHTD.shape[2], k_BHSD.shape[2]
     if start_BT is None and not (causal and 1 < T < S):
         return F.scaled_dot_product_attention(
@@ -245,6 +241,6 @@ def _sdpa(
     # is_causal aligns to the first key, we to the last.
     mask = _mask(q_BHTD, k_BHSD, causal, start_BT)
     assert mask is not None
-    bias = _bias(mask, autocast_dtype(q_BHTD))
+    bias = _bias(mask, q_BHTD.dtype)
     out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=bias, scale=scale)
     return out_BHTD if start_BT is None else out_BHTD * mask.any(dim=-1, keepdim=True)

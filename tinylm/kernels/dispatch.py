@@ -273,7 +273,19 @@ def wide(x: Tensor) -> Tensor:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products with ``x``: autocast's if it is on, else its own."""
+    """The dtype of matrix products with ``x``: autocast's if it is on, else its own.
+
+    As in torch, autocast leaves fp64 alone.
+    """
     kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    on = kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else x.dtype
+
+
+def check_devices(operator: str, first: Tensor, *others: Tensor | None) -> None:
+    """Raises `InputError` unless all tensors are on one device."""
+    for x in others:
+        if x is not None and x.device != first.device:
+            raise InputError(
+                f"{operator} of tensors on {first.device} and {x.device}: needs them on one device"
+            )

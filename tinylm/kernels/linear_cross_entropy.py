@@ -5,16 +5,19 @@ step. So rows are taken a chunk at a time, and a chunk's gradients are computed 
 are still in cache (the idea of Cut Your Losses, Wijmans et al. 2024, and of Liger Kernel).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinylm.errors import InputError
 from tinylm.kernels.dispatch import (
     at_most,
     autocast_dtype,
+    check_devices,
     dtype_name,
     implementation,
     torch_instead,
@@ -53,7 +56,8 @@ def linear_cross_entropy(
 
     Matrix products run in autocast's dtype if it is on, else in the dtype of ``h_NC``; softmax
     and sums are fp32 (fp64 if all is). Rows whose target is ``ignore_index`` count nowhere; with
-    no row left the mean is NaN, as in torch.
+    no row left the mean is NaN and its gradients are 0, as in torch. Targets are whole numbers of
+    any dtype; one that is outside the vocabulary raises on a CPU, and gives NaN in Triton.
 
     Args:
         softcap: ``z`` becomes ``softcap · tanh(z / softcap)`` (Gemma Team 2024).
@@ -64,9 +68,12 @@ def linear_cross_entropy(
             None.
 
     Raises:
-        InputError: the shapes do not belong together, or an option is out of its range.
+        InputError: the shapes do not belong together, or are on several devices, or an option is
+            out of its range.
     """
     _check(h_NC, weight_VC, targets_N, bias_V, softcap, reduction)
+    check_devices("linear_cross_entropy", h_NC, weight_VC, targets_N, bias_V)
+    targets_N = targets_N.long()
     kind = call_kind(h_NC, weight_VC)
     name = implementation("linear_cross_entropy", h_NC.device, backend, kind)
     terms = Terms(ignore_index, softcap, z_loss, autocast_dtype(h_NC))
@@ -87,14 +94,14 @@ def linear_cross_entropy(
             name = torch_instead_of_compiled(
                 "linear_cross_entropy", h_NC.device.type, refusal, backend
             )
-    if name == "reference":
+    if name == "reference" or len(weight_VC) == 0:
         return _reduced(_reference(*inputs, terms), targets_N, ignore_index, reduction)
     loss: Tensor
-    if reduction == "none":
+    if reduction == "none" or not torch.is_grad_enabled():
         loss = _ChunkedRows.apply(*inputs, terms)  # type: ignore[no-untyped-call]
-        return loss
+        return _reduced(loss, targets_N, ignore_index, reduction)
     loss = _ChunkedSum.apply(*inputs, terms)  # type: ignore[no-untyped-call]
-    return loss / (targets_N != ignore_index).sum() if reduction == "mean" else loss
+    return _mean(loss, targets_N, ignore_index) if reduction == "mean" else loss
 
 
 def call_kind(h_NC: Tensor, weight_VC: Tensor) -> str:
@@ -119,6 +126,8 @@ def _check(
         bias_V is not None and bias_V.shape != weight_VC.shape[:1]
     ):
         raise InputError("linear_cross_entropy needs one target per row and one bias per token")
+    if targets_N.is_floating_point():
+        raise InputError(f"the targets are {targets_N.dtype}; they have to be ids of tokens")
     if softcap is not None and not softcap > 0:
         raise InputError(f"softcap is {softcap}; it must be above 0, or None")
     if reduction not in ("mean", "sum", "none"):
@@ -129,7 +138,13 @@ def _reduced(loss_N: Tensor, targets_N: Tensor, ignore_index: int, reduction: st
     if reduction == "none":
         return loss_N
     total = loss_N.sum()
-    return total if reduction == "sum" else total / (targets_N != ignore_index).sum()
+    return total if reduction == "sum" else _mean(total, targets_N, ignore_index)
+
+
+def _mean(total: Tensor, targets_N: Tensor, ignore_index: int) -> Tensor:
+    """Of the rows that count. A division by 0 would make gradients of 0 times infinity."""
+    count = (targets_N != ignore_index).sum()
+    return (total / count.clamp(min=1)).where(count > 0, math.nan)
 
 
 def _reference(
@@ -170,6 +185,7 @@ class _ChunkedSum(torch.autograd.Function):
         return loss_N.sum()
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (
             None if g is None else (g * grad_outputs[0]).to(g.dtype) for g in ctx.saved_tensors
@@ -194,6 +210,7 @@ class _ChunkedRows(torch.autograd.Function):
         return _chunked(h_NC, weight_VC, bias_V, targets_N, terms, (False,) * 3)[0]
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         # In fp16, gradients of a mean over many rows underflow; between -1 and 1 they do not.
@@ -309,9 +326,9 @@ def _chunk_unshifted(
     products. None, for `_chunk` to do it, where a sum comes near the ends of that range.
     """
     keep = targets_R != terms.ignore_index
-    own = torch.arange(len(h_RC)), targets_R.where(keep, 0)
+    target = targets_R.where(keep, 0)[:, None]
     logits = F.linear(h_RC, w_VC, b_V)
-    own_logit = logits[own].float()
+    own_logit = logits.gather(1, target).squeeze(1).float()
     exponentials = logits.exp_()
     # In few rows at a time, for torch copies into fp32 what it sums in fp32.
     parts = torch.split(exponentials, 32)
@@ -319,9 +336,9 @@ def _chunk_unshifted(
     if not bool(((sums > 1e-30) & (sums < 1e30)).all()):
         return None
     # The target's own term unrounded: no loss is below 0, nor off by its rounding.
-    own_share = exponentials[own].float()
+    own_share = exponentials.gather(1, target).squeeze(1).float()
     loss_R = ((sums - own_share).clamp(min=0) + own_logit.exp()).log() - own_logit
-    exponentials[own] = (own_share - sums).to(exponentials.dtype)
+    exponentials.scatter_(1, target, (own_share - sums).to(exponentials.dtype)[:, None])
     return loss_R * keep, exponentials, _row_weights(keep, dloss_R, sums.dtype) / sums[:, None]
 
 
@@ -342,12 +359,12 @@ def _chunk_compiled(
     from tinylm.kernels.compiled import exponentials_
 
     keep = targets_R != terms.ignore_index
-    own = torch.arange(len(h_RC)), targets_R.where(keep, 0)
+    target = targets_R.where(keep, 0)[:, None]
     if b_V is None:
         torch.mm(h_RC, w_VC.t(), out=logits)
     else:
         torch.addmm(b_V, h_RC, w_VC.t(), out=logits)
-    own_logit = logits[own].float()
+    own_logit = logits.gather(1, target).squeeze(1).float()  # raises if there is none
     top, sums = exponentials_(logits)
     own_logit -= top
     loss_R = sums.log() - own_logit
@@ -360,7 +377,8 @@ def _chunk_compiled(
     if not need_dlogits:
         return loss_R * keep, None, weights
     # d loss / d logits = factor · softmax - one-hot = factor / sum · (exponentials - one-hot · …).
-    logits[own] = (own_logit.exp() - sums / factor).to(logits.dtype)
+    own_exponential = own_logit.exp() - sums / factor
+    logits.scatter_(1, target, own_exponential.to(logits.dtype)[:, None])
     return loss_R * keep, logits, weights * (factor / sums)[:, None]
 
 
@@ -374,6 +392,8 @@ def _accumulate(total: Tensor, part: Tensor) -> None:
 
 def _can_be_unshifted(h_NC: Tensor, terms: Terms) -> bool:
     plain = terms.softcap is None and not terms.z_loss
+    if torch.compiler.is_compiling():  # which cannot look at a sum and decide
+        return False
     return plain and terms.dtype == torch.bfloat16 and h_NC.device.type == "cpu"
 
 

@@ -5,8 +5,17 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from tinylm.kernels.dispatch import at_most, dtype_name, implementation, torch_instead, wide
+from tinylm.errors import InputError
+from tinylm.kernels.dispatch import (
+    at_most,
+    check_devices,
+    dtype_name,
+    implementation,
+    torch_instead,
+    wide,
+)
 
 
 @overload
@@ -36,8 +45,14 @@ def layer_norm(
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension.
 
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
-    Statistics are fp32; the result has the dtype of ``x``.
+    Statistics are fp32; the result has the dtype of what is normalised.
+
+    Raises:
+        InputError: weight or bias is not one value per column, or tensors are on several devices.
     """
+    if weight.dim() != 1 or (bias is not None and bias.shape != weight.shape):
+        raise InputError("layer_norm needs a weight, and a bias, of one value per column")
+    _check("layer_norm", x, weight, bias, residual)
     name = implementation("layer_norm", x.device, backend, call_kind(x, weight))
     if name == "triton":
         from tinylm.kernels.triton import norm as kernels
@@ -92,9 +107,13 @@ def rms_norm(
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
 
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
-    Statistics are fp32; the result has the dtype of ``x``. The weight may have more of the last
-    dimensions of ``x``, such as (H, D) for heads that are scaled apart.
+    Statistics are fp32; the result has the dtype of what is normalised. The weight may have more of
+    the last dimensions of ``x``, such as (H, D) for heads that are scaled apart.
+
+    Raises:
+        InputError: the weight has other dimensions, or tensors are on several devices.
     """
+    _check("rms_norm", x, weight, None, residual)
     name = implementation("rms_norm", x.device, backend, call_kind(x, weight))
     total = x if residual is None else x + residual
     if name == "triton" and weight.dim() > 1:
@@ -116,6 +135,17 @@ def rms_norm(
     else:
         out = _RMSNorm.apply(total, weight, eps)  # type: ignore[no-untyped-call]
     return out if residual is None else (out, total)
+
+
+def _check(
+    operator: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    if weight.dim() == 0 or weight.shape != x.shape[-weight.dim() :]:
+        raise InputError(
+            f"{operator} of shape {tuple(x.shape)} with a weight of shape {tuple(weight.shape)}: "
+            "they must have the same last dimensions"
+        )
+    check_devices(operator, x, weight, bias, residual)
 
 
 def call_kind(x: Tensor, weight: Tensor) -> str:
@@ -140,6 +170,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         w = wide(weight)

@@ -21,6 +21,7 @@ from tinylm.kernels.triton.attention_kernels import (
 )
 from tinylm.kernels.triton.common import (
     LOG2E,
+    MOST_REGISTERS,
     Tile,
     capability,
     dense_last,
@@ -93,6 +94,7 @@ def attention_forward(
             *_strides(*inputs),
             CAUSAL=causal, D=D, BLOCK_D=power_of_two(D),
             BLOCK_T=tile.rows, BLOCK_S=tile.columns, **tile.launch,
+            maxnreg=MOST_REGISTERS if D > 64 else None,
         )  # fmt: skip
     return out_BTHD, lse_BHT
 
@@ -127,6 +129,7 @@ def attention_backward(
         tinylm_attention_backward_dkdv[(B * H_kv, triton.cdiv(S, by_key.columns))](
             *inputs, dout_BTHD, lse_BHT, delta_BHT, dk, dv, scale, H_kv, H // H_kv, T, S,
             *strides, **shape, BLOCK_T=by_key.rows, BLOCK_S=by_key.columns, **by_key.launch,
+            maxnreg=MOST_REGISTERS if q_BHTD.dtype == torch.float32 else None,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -183,8 +186,6 @@ def refusal(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> str | None:
     """Why these kernels do not take a call; None if they do."""
     head_dim = q_BHTD.shape[3]
     largest = LARGEST_HEAD_DIM.get(q_BHTD.dtype, 0)
-    if not (k_BHSD.dtype == v_BHSD.dtype == q_BHTD.dtype):
-        return f"mixed dtypes {q_BHTD.dtype}, {k_BHSD.dtype} and {v_BHSD.dtype}"
     if why := dtype_refusal(q_BHTD) or matmul_refusal(q_BHTD):
         return why
     if head_dim > largest:

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tinylm.kernels.triton.attention_kernels import LENGTHS, visible
+from tinylm.kernels.triton.attention_kernels import LENGTHS, seeing, visible
 from tinylm.kernels.triton.common import (
     LOG2E,
     MASKED,
+    MOST_REGISTERS,
     Tile,
     capability,
     load_rows,
@@ -62,7 +63,7 @@ def tinylm_attention_decode(
     first = row
     if START is not None:
         first = tl.load(START + b * start_b + query * start_t, mask=real, other=0)
-        first = tl.where(real, tl.maximum(first, 0), S).to(tl.int32)
+        first = tl.where(real, tl.minimum(tl.maximum(first, 0), S), S).to(tl.int32)
         begin = tl.maximum(begin, tl.min(first, 0) // BLOCK_S * BLOCK_S)
 
     top = tl.full([BLOCK_R], MASKED, tl.float32)
@@ -84,7 +85,7 @@ def tinylm_attention_decode(
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
 
-    live = top > MASKED
+    live = seeing(top, total)
     total = tl.where(live, total, 1.0)
     out = tl.where(live[:, None], out / total[:, None], 0.0)
     lse = tl.where(live, top + tl.log2(total), MASKED if SPLIT else 0.0)
@@ -117,7 +118,7 @@ def tinylm_attention_combine(
         out = out * shrink[:, None] + part_out * weight[:, None]
         top = new_top
         PARTS += queries * D
-    live = top > MASKED
+    live = seeing(top, total)
     out = tl.where(live[:, None], out / total[:, None], 0.0)
     store_rows(OUT, row, queries, D, out, D, BLOCK_D)
     tl.store(LSE + lse_row, tl.where(live, top + tl.log2(total), 0.0), mask=row < queries)
@@ -163,6 +164,7 @@ def forward(
         scale * LOG2E.value, H_kv, H // H_kv, T, S, chunk, *strides,
         CAUSAL=causal, SPLIT=parts > 1, D=D, BLOCK_D=power_of_two(D),
         BLOCK_R=tile.rows, BLOCK_S=tile.columns, **tile.launch,
+        maxnreg=MOST_REGISTERS if q_BHTD.dtype == torch.float32 else None,
     )  # fmt: skip
     if parts > 1:
         rows = max(1, 256 // power_of_two(D))

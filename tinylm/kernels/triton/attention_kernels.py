@@ -39,10 +39,16 @@ def visible(row, column, first, T, S, CAUSAL: tl.constexpr, STARTED: tl.constexp
 
 
 @triton.jit
+def seeing(top, total):
+    """The rows that see any key. Scores of NaN leave ``top`` as it was, but must not vanish."""
+    return (top > MASKED) | (total != total)
+
+
+@triton.jit
 def first_keys(START, row, T, S, start_t):
     """The first key that each row may see; S, which is none, beyond the last row."""
     first = tl.load(START + row * start_t, mask=row < T, other=0)
-    return tl.where(row < T, tl.maximum(first, 0), S).to(tl.int32)
+    return tl.where(row < T, tl.minimum(tl.maximum(first, 0), S), S).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -88,9 +94,10 @@ def tinylm_attention_forward(
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
     if START is not None:
-        total = tl.where(top > MASKED, total, 1.0)
-        out = tl.where((top > MASKED)[:, None], out, 0.0)
-        top = tl.where(top > MASKED, top, 0.0)
+        live = seeing(top, total)
+        total = tl.where(live, total, 1.0)
+        out = tl.where(live[:, None], out, 0.0)
+        top = tl.where(live, top, 0.0)
     out_head = OUT + (b * T * heads + h) * D
     store_rows(out_head, row, T, heads * D, out / total[:, None], D, BLOCK_D)
     tl.store(LSE + (b * heads + h) * T + row, top + tl.log2(total), mask=row < T)

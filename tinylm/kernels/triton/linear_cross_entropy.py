@@ -20,11 +20,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinylm.kernels.triton.common import (
     LN2,
     LOG2E,
     MASKED,
+    MOST_REGISTERS,
     Tile,
     capability,
     dtype_refusal,
@@ -182,6 +184,7 @@ def linear_cross_entropy_forward(
             loss_N, lse_N, dh_NC if need_dh else None, N, weight_VC.shape[0], ignore_index,
             softcap or 1.0, z_loss, CAPPED=softcap is not None,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.rows, BLOCK_V=tile.columns, **tile.launch,
+            maxnreg=MOST_REGISTERS if C > 128 else None,
         )  # fmt: skip
     return loss_N, lse_N, dh_NC
 
@@ -237,6 +240,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
 def _backward(ctx: Any, dloss_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dloss_N is None:
         return (None,) * 9

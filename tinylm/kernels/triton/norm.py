@@ -236,12 +236,10 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     given = [t for t in (x, weight, bias, residual) if t is not None]
     if why := dtype_refusal(*given):
         return why
-    if x.dim() == 0 or x.numel() == 0:
+    if x.numel() == 0:
         return "empty input"
     if x.shape[-1] > WIDEST:
         return f"width {x.shape[-1]} is above {WIDEST}"
     if residual is not None and residual.shape != x.shape:
         return "the residual has another shape"
-    if any(t is not None and t.shape != x.shape[-1:] for t in (weight, bias)):
-        return "weight or bias is not one value per column"
     return None
