@@ -173,7 +173,8 @@ __attribute__((target("avx512f,avx512bw"))) void classify_avx512(const char* tex
                   _mm512_cmpeq_epi8_mask(bytes, _mm512_set1_epi8('\r'));
     out.blank = any(kBlank);
     out.apostrophe = any(kApostrophe);
-    out.wide = _mm512_cmp_epu8_mask(bytes, _mm512_set1_epi8(static_cast<char>(0xC0)), _MM_CMPINT_NLT);
+    out.wide =
+        _mm512_cmp_epu8_mask(bytes, _mm512_set1_epi8(static_cast<char>(0xC0)), _MM_CMPINT_NLT);
   }
 }
 
