@@ -86,6 +86,8 @@ class Interrupt:
 
     def __enter__(self):
         self._raised = []
+        # Where a shell has started us in the background, SIGINT is ignored.
+        self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         self._timer = threading.Timer(self._after, self._raise)
         self._timer.start()
         return self
@@ -98,6 +100,7 @@ class Interrupt:
         ended = time.monotonic()
         self._timer.cancel()
         self._timer.join()
+        signal.signal(signal.SIGINT, self._handler)
         assert kind is KeyboardInterrupt, "it was over before Ctrl-C: the input is too small"
         assert ended - self._raised[0] < 1
         return True
