@@ -107,30 +107,27 @@ void norm_rotary(Address x, Address out, Address r, const Sizes& sizes, Address 
 // Rows whose sums are added up by themselves: a sum of many rounds its last terms away.
 constexpr std::size_t kSumRows = 64;
 
-// Each part has its own sums over rows, which are added up in order.
+// The sums of so many rows each are added up in order, so that threads change no bit.
 template <class T>
 void norm_rotary_backward(Address x, Address r, Address dout, Address dx, Address dweight,
                           const Sizes& sizes, Address weight, const Angles& angles, int threads) {
   const NormShape shape = norm_shape(sizes, weight, angles, 0.0f);
+  const std::size_t rows = sizes[0];
   const std::size_t count = sizes[1] * sizes[2];
-  const int parts = parts_for(4 * sizes[0] * count, threads);
-  std::vector<float> sums(count * static_cast<std::size_t>(parts));
-  const auto add = [count](const float* from, float* to) {
-    for (std::size_t i = 0; i < count; ++i) to[i] += from[i];
-  };
-  share_rows(sizes[0], parts, [&](int part, std::size_t begin, std::size_t end) {
-    std::vector<float> few(count);
-    for (std::size_t row = begin; row < end; row += kSumRows) {
-      std::fill(few.begin(), few.end(), 0.0f);
-      kernels<T>().norm_rotary_backward(shape, memory<T>(x), memory<const float>(r),
-                                        memory<const T>(dout), memory<T>(dx), few.data(), row,
-                                        std::min(row + kSumRows, end));
-      add(few.data(), sums.data() + count * static_cast<std::size_t>(part));
-    }
-  });
+  const std::size_t blocks = (rows + kSumRows - 1) / kSumRows;
+  std::vector<float> sums(count * blocks);
+  share_rows(blocks, parts_for(4 * rows * count, threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               for (std::size_t block = begin; block < end; ++block) {
+                 kernels<T>().norm_rotary_backward(shape, memory<T>(x), memory<const float>(r),
+                                                   memory<const T>(dout), memory<T>(dx),
+                                                   sums.data() + block * count, block * kSumRows,
+                                                   std::min((block + 1) * kSumRows, rows));
+               }
+             });
   float* const total = memory<float>(dweight);
   std::fill_n(total, count, 0.0f);
-  for (std::size_t at = 0; at < sums.size(); at += count) add(sums.data() + at, total);
+  for (std::size_t at = 0; at < sums.size(); ++at) total[at % count] += sums[at];
 }
 
 // (address, and strides of batch, head, time)
