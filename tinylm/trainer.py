@@ -198,6 +198,7 @@ class Trainer:
 
     def _left_alone(self, error: PeerError) -> NoReturn:
         """Saves the last step that all processes finished, and gives up."""
+        self._look()  # That step may be done, and its loss not recorded yet.
         self.save_checkpoint()
         saved = self._saved() if self.world.is_main else "rank 0 saves, if it can"
         raise PeerError(
