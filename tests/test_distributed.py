@@ -174,3 +174,23 @@ def test_two_processes_are_as_good_as_one_whatever_happens(corpus: Path, tmp_pat
     assert json.loads((plain / "eval.json").read_text())["loss"] == pytest.approx(
         json.loads((cut / "eval.json").read_text())["loss"], rel=1e-3
     )
+
+
+def test_a_process_left_alone_has_recorded_its_last_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may end when the step is done, and only its clock is still to be agreed on."""
+    agreed = []
+
+    def agree(self: World, elapsed: float, stop: int | None) -> tuple[float, int | None]:
+        agreed.append(elapsed)
+        if len(agreed) == 6:
+            raise distributed.PeerError("rank 0: another process of this run has ended")
+        return elapsed, stop
+
+    monkeypatch.setattr(World, "agree", agree)
+    options = SMALL | {"data": str(corpus), "steps": 20, "log_every": 1}
+    with pytest.raises(distributed.PeerError, match="the last good checkpoint is of step 6"):
+        train(TrainConfig.from_preset(out=str(tmp_path / "run"), **options), quiet=True)
+    assert [r["step"] for r in records(tmp_path / "run", "loss")] == [1, 2, 3, 4, 5, 6]
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").steps() == [6]
