@@ -375,7 +375,7 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = kernels.rotary_tables(700, 64, 10_000.0)
     results = []
     for threads in (1, 3):
-        # torch.set_num_threads would for good forbid MKL to use fewer, and change its sums.
+        # Only what the kernels are told: torch's own threads stay as other tests found them.
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         x, w = h.detach().requires_grad_(), weight.detach().requires_grad_()
         normed = kernels.norm_rotary(x[None], w, *tables, backend="c++")

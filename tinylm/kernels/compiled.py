@@ -58,7 +58,7 @@ def cross_entropy_refusal(h_NC: Tensor, dtype: torch.dtype, softcap: float | Non
     """Why the logits of a cross-entropy, of products in ``dtype``, do not go through here."""
     if softcap is not None:
         return "of a softcap"
-    if torch.compiler.is_compiling():  # inductor mistakes the order of reads and what is in place
+    if torch.compiler.is_compiling():  # inductor's loss was wrong with it; why is not known
         return "within torch.compile"
     return refusal(h_NC.new_empty(1, dtype=dtype))
 
