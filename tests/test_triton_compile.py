@@ -26,6 +26,11 @@ MATRIX_INSTRUCTIONS = {
     89: ("m16n8k16",),
     90: ("m64", "m16n8k16"),
 }
+TARGETS = [
+    (75, "float16"), (80, "bfloat16"), (80, "float32"), (89, "bfloat16"), (90, "bfloat16")
+]  # fmt: skip
+# Two minutes for each, so by default only of the T4, whose limits are the tightest.
+EVERYWHERE = os.environ.get("TINYLM_TEST_EVERY_KERNEL") == "1"
 KERNELS = {
     "tinylm_attention_forward": 7, "tinylm_attention_backward": 3,
     "tinylm_attention_backward_dq": 4, "tinylm_attention_backward_dkdv": 4,
@@ -51,25 +56,38 @@ def compiled(arch: int, dtype: str, cache: Path, *options: str) -> list[dict[str
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def keeps_to_its_budget(kernel: dict[str, Any]) -> None:
+    arch, name = kernel["arch"], kernel["kernel"]
+    assert kernel["stack"] == 0, f"spills: {kernel}"
+    assert kernel["shared"] <= SHARED[arch], kernel
+    if kernel["dtype"] == "float32" or name.startswith(WITHOUT_PRODUCTS):
+        assert kernel["mma"] == [], kernel
+    else:
+        assert kernel["mma"], kernel
+        assert all(m.startswith(MATRIX_INSTRUCTIONS[arch]) for m in kernel["mma"]), kernel
+
+
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "dtype"),
-    [(75, "float16"), (80, "bfloat16"), (80, "float32"), (89, "bfloat16"), (90, "bfloat16")],
-)
+@pytest.mark.parametrize(("arch", "dtype"), TARGETS)
 def test_kernels_keep_to_their_budgets(arch: int, dtype: str, tmp_path: Path) -> None:
     kernels = compiled(arch, dtype, tmp_path)
     found = [kernel["kernel"] for kernel in kernels]
-    in_fp32 = dtype == "float32"
-    assert {name: found.count(name) for name in found} == KERNELS | (IN_FP32 if in_fp32 else {})
+    in_fp32 = IN_FP32 if dtype == "float32" else {}
+    assert {name: found.count(name) for name in found} == KERNELS | in_fp32
     for kernel in kernels:
-        assert kernel["stack"] == 0, f"spills: {kernel}"
-        assert kernel["shared"] <= SHARED[arch], kernel
-        if in_fp32 or kernel["kernel"].startswith(WITHOUT_PRODUCTS):
-            assert kernel["mma"] == [], kernel
-        else:
-            assert kernel["mma"], kernel
-            assert all(m.startswith(MATRIX_INSTRUCTIONS[arch]) for m in kernel["mma"]), kernel
+        keeps_to_its_budget(kernel)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "dtype"), TARGETS if EVERYWHERE else TARGETS[:1])
+def test_every_variant_keeps_to_its_budget(arch: int, dtype: str, tmp_path: Path) -> None:
+    """For every kind of call: a kernel that takes too much shared memory would not even start."""
+    kernels = compiled(arch, dtype, tmp_path, "every")
+    assert {kernel["kernel"] for kernel in kernels} == set(KERNELS)
+    for kernel in kernels:
+        keeps_to_its_budget(kernel)
 
 
 @needs_triton

@@ -181,10 +181,11 @@ def test_decoding_splits_keys_between_programs() -> None:
     assert attention_decode.chunk_for(x, several, several, 64) >= several
 
 
-@pytest.mark.parametrize("length", [9, 70])
-def test_attention_with_fewer_key_heads(length: int) -> None:
-    q = among_nan(randn(2, 6, length, 16))
-    k, v = (among_nan(randn(2, 2, length, 16, seed=i)) for i in (1, 2))
+@pytest.mark.parametrize(("length", "head_dim"), [(9, 16), (33, 32), (31, 128), (40, 64), (70, 16)])
+def test_attention_with_fewer_key_heads(length: int, head_dim: int) -> None:
+    """In one program per head of keys where that has room for it, in tiles elsewhere."""
+    q = among_nan(randn(2, 6, length, head_dim))
+    k, v = (among_nan(randn(2, 2, length, head_dim, seed=i)) for i in (1, 2))
     check_attention(q, k, v)
 
 

@@ -86,48 +86,90 @@ def resources(compiled: Any) -> dict[str, Any]:
     }
 
 
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What a training step calls, at the shapes of the presets and at the largest there are."""
-    for length, head_dim in ((32, 32), (64, 64), (256, 32), (256, 64), (256, 128)):
-        if head_dim > attention.LARGEST_HEAD_DIM[dtype]:
+Calls = Iterator[tuple[str, Callable[[], Any]]]
+# (T, D) of attention: at the presets' shapes and the largest there are, and every kind of tile.
+ATTENTION = (32, 32), (64, 64), (256, 32), (256, 64), (256, 128)
+EVERY_ATTENTION = tuple(itertools.product((16, 32, 64, 256), (16, 32, 64, 128)))
+EITHER = (False, True)
+
+
+def calls(dtype: torch.dtype, every: bool) -> Calls:
+    """What a training step calls at the presets' shapes; or every variant that has its own code."""
+    yield from attention_calls(dtype, every)
+    yield from decoding_calls(dtype, every)
+    yield from norm_calls(dtype, every)
+    yield from cross_entropy_calls(dtype, every)
+
+
+def attention_calls(dtype: torch.dtype, every: bool) -> Calls:
+    largest = attention.LARGEST_HEAD_DIM[dtype]
+    for T, D in EVERY_ATTENTION if every else ATTENTION:
+        if largest < D:
             continue
-        qkv = [torch.empty(2, 4, length, head_dim, dtype=dtype) for _ in range(3)]
-        out, lse = torch.empty(2, length, 4, head_dim, dtype=dtype), torch.empty(2, 4, length)
-        starts = [None]
-        if (length, head_dim) in ((64, 64), (256, 128)):  # the fullest of each kind
-            starts.append(torch.zeros(2, length, dtype=torch.int32))
-        for start in starts:
-            name = f"attention T={length} D={head_dim}{'' if start is None else ' documents'}"
-            yield name, partial(attention.attention_forward, *qkv, start, 0.2, True)
-            backward = attention.attention_backward
-            yield name, partial(backward, out, *qkv, start, out, lse, 0.2, True)
-    head_dim = attention.LARGEST_HEAD_DIM[dtype]
-    q, kv = (torch.empty(1, h, s, head_dim, dtype=dtype) for h, s in ((8, 1), (4, 4096)))
-    start = torch.zeros(1, 1, dtype=torch.int32)
-    name = f"decoding S=4096 D={head_dim} padded"
-    yield name, partial(attention.attention_forward, q, kv, kv, start, 0.2, True)
-    weight, rows, x = torch.empty(128), torch.empty(512), torch.empty(512, 128, dtype=dtype)
-    yield "layer_norm", partial(norm.norm_forward, x, x, weight, weight, 1e-5, False)
-    yield "layer_norm", partial(norm.norm_backward, x, x, x, weight, rows, rows, False)
-    yield "rms_norm", partial(norm.norm_forward, x, x, weight, None, 1e-5, True)
-    yield "rms_norm", partial(norm.norm_backward, x, x, x, weight, rows[:0], rows, True)
-    target, bias = torch.zeros(512, dtype=torch.long), torch.empty(10_000)
-    for width in (128, 256):
-        h, head = torch.empty(512, width, dtype=dtype), torch.empty(10_000, width, dtype=dtype)
-        inputs = h, head, bias, target
-        forward = linear_cross_entropy.linear_cross_entropy_forward
-        backward = linear_cross_entropy.linear_cross_entropy_backward_weight
-        for softcap in (None, 30.0) if width == 128 else (None,):
-            name = f"linear_cross_entropy C={width}{'' if softcap is None else ' softcap'}"
-            terms = -100, softcap, 1e-4, dtype
+        for documents, grouped, causal in itertools.product(EITHER, EITHER, (True, False)):
+            usual = causal and not grouped and (not documents or (T, D) in ((64, 64), (256, 128)))
+            if not every and not usual:  # with documents the fullest of each kind
+                continue
+            q, out, dout = (torch.empty(2, 4, T, D, dtype=dtype) for _ in range(3))
+            kv = torch.empty(2, 2 if grouped else 4, T, D, dtype=dtype)
+            start = torch.zeros(2, T, dtype=torch.int32) if documents else None
+            name = f"attention T={T} D={D}{' documents' * documents}{' grouped' * grouped}"
+            name += " not causal" * (not causal)
+            inputs, terms = (q, kv, kv, start), (0.2, causal)
+            yield name, partial(attention.attention_forward, *inputs, *terms)
+            results = out.transpose(1, 2).contiguous(), torch.empty(2, 4, T)
+            dout = dout.transpose(1, 2).contiguous()
+            yield name, partial(attention.attention_backward, dout, *inputs, *results, *terms)
+
+
+def decoding_calls(dtype: torch.dtype, every: bool) -> Calls:
+    largest = attention.LARGEST_HEAD_DIM[dtype]
+    for D in (16, 32, 64, 128) if every else (largest,):
+        for padded, grouped in itertools.product(EITHER, EITHER) if every else ((True, True),):
+            if largest >= D:
+                q, kv = (torch.empty(1, h, s, D, dtype=dtype) for h, s in ((8, 1), (4, 4096)))
+                q = q if grouped else q[:, :4]
+                start = torch.zeros(1, 1, dtype=torch.int32) if padded else None
+                name = f"decoding S=4096 D={D}{' padded' * padded}{' grouped' * grouped}"
+                yield name, partial(attention.attention_forward, q, kv, kv, start, 0.2, True)
+
+
+def norm_calls(dtype: torch.dtype, every: bool) -> Calls:
+    for C in (32, 128, 256, 512, 1024, 2048, 4096) if every else (128,):
+        weight, rows, x = torch.empty(C), torch.empty(512), torch.empty(512, C, dtype=dtype)
+        for rms, alone in itertools.product(EITHER, EITHER if every else (False,)):
+            name = f"{'rms' if rms else 'layer'}_norm C={C}{' alone' * alone}"
+            residual, bias, mean = (
+                None if alone else x,
+                None if rms else weight,
+                rows[: 0 if rms else 512],
+            )
+            yield name, partial(norm.norm_forward, x, residual, weight, bias, 1e-5, rms)
+            yield name, partial(norm.norm_backward, x, residual, x, weight, mean, rows, rms)
+
+
+def cross_entropy_calls(dtype: torch.dtype, every: bool) -> Calls:
+    forward = linear_cross_entropy.linear_cross_entropy_forward
+    backward = linear_cross_entropy.linear_cross_entropy_backward_weight
+    rows, target = torch.empty(512), torch.zeros(512, dtype=torch.long)
+    for C in (16, 32, 64, 128, 192, 256) if every else (128, 256):
+        h, weight = torch.empty(512, C, dtype=dtype), torch.empty(10_000, C)
+        for softcap, bias in itertools.product((None, 30.0), (torch.empty(10_000), None)):
+            if not every and (bias is None or (softcap and C > 128)):
+                continue
+            name = f"linear_cross_entropy C={C}{' softcap' if softcap else ''}"
+            name += " without bias" * (bias is None)
+            inputs, terms = (h, weight, bias, target), (-100, softcap, 1e-4, dtype)
             yield name, partial(forward, *inputs, *terms, True)
             yield name, partial(backward, rows, *inputs, rows, *terms)
+            if every:
+                yield f"{name}, loss only", partial(forward, *inputs, *terms, False)
 
 
 def main() -> None:
     found: list[Any] = []
     compile_instead_of_launching(lambda compiled, *_: found.append(compiled))
-    chosen = calls(getattr(torch, sys.argv[2]))
+    chosen = calls(getattr(torch, sys.argv[2]), every="every" in sys.argv)
     if "stock" in sys.argv:  # the first call shows it
         chosen = itertools.islice(chosen, 1)
     for name, call in chosen:

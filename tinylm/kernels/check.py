@@ -159,6 +159,7 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
         yield _attention(_batch(T, gpu), T, T, 64, heads, documents=True)
         for D in (32, 64):
             yield _attention(_batch(D, gpu), D, D, D, heads, documents=True)
+            yield _attention(_batch(D, gpu), D, D, D, (4, 2), decides=False)
             yield _attention(8, 1024, 1024, D, heads)
             yield _attention(8, 1024, 1024, D, heads, documents=True)
         yield _head(many, V, 256)

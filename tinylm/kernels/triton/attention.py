@@ -52,14 +52,18 @@ def forward_tile(
     return Tile(64, 32, warps=4, stages=2 if capability >= (8, 0) else 1)
 
 
-def whole_head_tile(dtype: torch.dtype, length: int, head_dim: int) -> Tile | None:
-    """All queries × all keys, if they fit into one program of the backward pass."""
+def whole_head_tile(dtype: torch.dtype, length: int, head_dim: int, group: int = 1) -> Tile | None:
+    """All queries × all keys, if they fit into one program of the backward pass.
+
+    The loop over a group of query heads takes registers and shared memory of its own.
+    """
     side = power_of_two(length)
     if dtype == torch.float32:
         return Tile(side, side, warps=side // 4) if side <= 32 else None
-    if side > LONGEST_WHOLE_HEAD:
+    if side > LONGEST_WHOLE_HEAD or (group > 1 and side * head_dim > 2048):
         return None
-    return Tile(side, side, warps=side // 16 * (1 if head_dim <= 64 else 2))
+    wide = head_dim > 64 if group == 1 else side * head_dim > 1024
+    return Tile(side, side, warps=side // 16 * (2 if wide else 1))
 
 
 def backward_tiles(
@@ -112,7 +116,7 @@ def attention_backward(
     shape = {"CAUSAL": causal, "D": D, "BLOCK_D": power_of_two(D)}
     inputs = q_BHTD, k_BHSD, v_BHSD, start_BT
     strides = *_strides(*inputs), *dout_BTHD.stride()[:3]
-    whole = whole_head_tile(q_BHTD.dtype, S, D)
+    whole = whole_head_tile(q_BHTD.dtype, S, D, H // H_kv)
     by_query, by_key = backward_tiles(capability(q_BHTD), q_BHTD.dtype, D)
     with on_device(q_BHTD):
         if whole is not None:
