@@ -4,12 +4,12 @@
     python bench/plot_kernels.py kernels.json kernels.png
 
 On a GPU: our Triton kernels and torch fallbacks against SDPA's backends, FlexAttention,
-torch.compile of the plain reference, and Liger if it is installed. On a CPU: the fallbacks and
-torch.compile, at small shapes. Every side first shows that it is right, against fp64. A measured
-call is CALLS calls and one wait for the device; with ``TINYLM_BENCH_GRAPH=1`` they are one CUDA
-graph, so that the time of launching them is not in it. ``extra_info`` has the time of one call,
-the bytes it must at least move and the products it must at least compute, per second and as a
-share of what a copy and a large matrix product reach on this device, and its peak memory.
+torch.compile of the plain reference, and Liger if it is installed. On a CPU: the C++ kernels, the
+fallbacks, SDPA and torch.compile, at small shapes. Every side first shows that it is right, against
+fp64. A measured call is CALLS calls and one wait for the device; with ``TINYLM_BENCH_GRAPH=1`` they
+are one CUDA graph, so that the time of launching them is not in it. ``extra_info`` has the time of
+one call, the bytes it must at least move and the products it must at least compute, per second and
+as a share of what a copy and a large matrix product reach on this device, and its peak memory.
 """
 
 import os
@@ -263,9 +263,10 @@ def side_of(sides, name):
 # --- the benchmarks ------------------------------------------------------------------------------
 
 SDPA_SIDES = ["sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "flex"]
+ATTENTION_SIDES = ["triton", "c++", "sdpa", "blocked", "matmul", "compile", *SDPA_SIDES]
 
 
-@pytest.mark.parametrize("side", ["triton", "sdpa", "matmul", "compile", *SDPA_SIDES])
+@pytest.mark.parametrize("side", ATTENTION_SIDES)
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize(("batch", "length"), BATCHES)
@@ -314,7 +315,42 @@ def test_norm(measure, batch, length, operator, residual, direction, side):
     measure(group, side, function, reference, (x, *parameters), direction, work, dout)
 
 
-@pytest.mark.parametrize("side", ["triton", "chunked", "reference", "compile", "liger"])
+@pytest.mark.parametrize("side", ["c++", "separate", "compile"])
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize(("batch", "length"), BATCHES)
+def test_norm_rotary(measure, batch, length, head_dim, direction, side):
+    """Queries and keys at once, as the model passes them."""
+    tables = [t.to(DEVICE.name) for t in kernels.rotary_tables(length, head_dim, 10_000.0)]
+
+    def call(backend, x, weight):
+        return kernels.norm_rotary(x, weight, *(t.to(x.device) for t in tables), backend=backend)
+
+    sides = {name: partial(call, name) for name in usable("norm_rotary")}
+    sides["compile"] = torch.compile(partial(call, "separate"), dynamic=False)
+    x = randn(batch, length, 2 * HEADS, head_dim)
+    weight = randn(2 * HEADS, head_dim, seed=1).float()
+    work = {False: (2 * x.nbytes, 0), True: (5 * x.nbytes, 0)}
+    group, dout = f"norm, rotary {batch}x{length} D {head_dim}", randn(*x.shape, seed=2)
+    reference = partial(call, "separate")
+    measure(group, side, side_of(sides, side), reference, (x, weight), direction, work, dout)
+
+
+@pytest.mark.parametrize("side", ["c++", "torch", "compile"])
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(("batch", "length"), BATCHES)
+def test_swiglu(measure, batch, length, direction, side):
+    operator = kernels.swiglu
+    sides = {name: partial(operator, backend=name) for name in usable("swiglu")}
+    sides["compile"] = compiled(operator, "torch")
+    x = randn(batch * length, 2 * 3 * WIDTH)
+    dout = randn(batch * length, 3 * WIDTH, seed=1)
+    work = {False: (1.5 * x.nbytes, 0), True: (4 * x.nbytes, 0)}
+    group, reference = f"SwiGLU {batch}x{length} F {3 * WIDTH}", partial(operator, backend="torch")
+    measure(group, side, side_of(sides, side), reference, (x,), direction, work, dout)
+
+
+@pytest.mark.parametrize("side", ["triton", "c++", "chunked", "reference", "compile", "liger"])
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize(("batch", "length"), BATCHES)

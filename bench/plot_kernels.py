@@ -22,7 +22,7 @@ def main(source: str, target: str) -> None:
     if not groups:
         sys.exit(f"{source} holds no benchmarks")
     sides = sorted({side for times in groups.values() for side in times})
-    colours = {side: f"C{i}" for i, side in enumerate(sides)}
+    colours = dict(zip(sides, plt.colormaps["tab20"].colors, strict=False))
     rows = -(-len(groups) // COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4.2 * COLUMNS, 1.9 * rows), squeeze=False)
     for axis in axes.flat[len(groups) :]:
