@@ -59,7 +59,8 @@ def whole_head_tile(dtype: torch.dtype, length: int, head_dim: int, group: int =
     """
     side = power_of_two(length)
     if dtype == torch.float32:
-        return Tile(side, side, warps=side // 4) if side <= 32 else None
+        fits = side <= 32 and (group == 1 or side * head_dim <= 1024)
+        return Tile(side, side, warps=side // 4) if fits else None
     if side > LONGEST_WHOLE_HEAD or (group > 1 and side * head_dim > 2048):
         return None
     wide = head_dim > 64 if group == 1 else side * head_dim > 1024
@@ -133,7 +134,7 @@ def attention_backward(
         tinylm_attention_backward_dkdv[(B * H_kv, triton.cdiv(S, by_key.columns))](
             *inputs, dout_BTHD, lse_BHT, delta_BHT, dk, dv, scale, H_kv, H // H_kv, T, S,
             *strides, **shape, BLOCK_T=by_key.rows, BLOCK_S=by_key.columns, **by_key.launch,
-            maxnreg=MOST_REGISTERS if q_BHTD.dtype == torch.float32 else None,
+            maxnreg=MOST_REGISTERS if D > 64 or q_BHTD.dtype == torch.float32 else None,
         )  # fmt: skip
     return dq, dk, dv
 

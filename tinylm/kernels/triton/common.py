@@ -13,8 +13,8 @@ from tinylm.kernels.dispatch import decided_while_tracing
 # Softmax in base 2: the hardware has exp2 and log2, and exp(x) is exp2(x · log2 e) anyway.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# For tiles of which a processor has room for few anyway. Left to itself, the assembler spills some
-# bytes to get down to the registers with which one more would fit.
+# For kernels of which, left to itself, the assembler of some capability or Triton spills some bytes
+# to get down to the registers with which one more program would fit a processor.
 MOST_REGISTERS = 255
 # A finite stand-in for minus infinity: no row can turn into NaN.
 MASKED = tl.constexpr(-1e30)

@@ -207,6 +207,7 @@ def linear_cross_entropy_backward_weight(
             dloss_N / scale, dweight_VC, None if bias_V is None else dbias_V, scale,
             N, V, ignore_index, softcap or 1.0, z_loss, CAPPED=softcap is not None,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.columns, BLOCK_V=tile.rows, **tile.launch,
+            maxnreg=MOST_REGISTERS if C <= 16 else None,
         )  # fmt: skip
     return dweight_VC, dbias_V
 

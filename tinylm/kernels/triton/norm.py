@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tinylm.kernels.triton.common import (
+    MOST_REGISTERS,
     Tile,
     dtype_refusal,
     load_rows,
@@ -153,6 +154,7 @@ def norm_backward(
             N, triton.cdiv(tiles, programs),
             u_NC.stride(0), dout_NC.stride(0), 0 if dsum_NC is None else dsum_NC.stride(0),
             RMS=rms, WIDTH=C, BLOCK=tile.columns, ROWS=tile.rows, **tile.launch,
+            maxnreg=MOST_REGISTERS if C > 512 else None,
         )  # fmt: skip
     dbias_C = u_NC.new_empty(0, dtype=torch.float32) if dbias_PC is None else dbias_PC.sum(0)
     return du_NC, dweight_PC.sum(0), dbias_C
