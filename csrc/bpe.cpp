@@ -22,6 +22,7 @@ constexpr int kPlaceBits = 6;
 constexpr int kResultBits = 32 - kPlaceBits;
 constexpr std::size_t kMaxTokens = std::size_t{1} << kResultBits;
 static_assert(kMaxShortPiece <= std::size_t{1} << kPlaceBits);
+static_assert(kResultBits <= PackedIds<std::uint32_t>::kIdBits);
 
 // After so many steps of merging it is asked whether to go on.
 constexpr std::size_t kPollSteps = std::size_t{1} << 16;
@@ -36,59 +37,51 @@ unsigned char byte_at(std::string_view piece, std::size_t i) {
   return static_cast<unsigned char>(piece[i]);
 }
 
-// What has a slot of its own for each piece.
-template <class Id>
-struct PieceCaches {
-  ShortPieceCache<Id> shorts;
-  MiddlePieceCache<Id> middles;
-
-  // How many ids of a piece of so many bytes there is room for.
-  static constexpr std::size_t max_ids(std::size_t bytes) {
-    return bytes <= kMaxShortKey    ? ShortPieceCache<Id>::kMaxIds
-           : bytes <= kMaxMiddleKey ? MiddlePieceCache<Id>::kMaxIds
-                                    : 0;
-  }
-};
-
 // Pieces that are looked up together.
 struct PieceGroup {
   static constexpr std::size_t kSize = 32;
+
+  struct Entry {
+    ShortKey key;        // if the piece has one
+    std::uint64_t hash;  // of its key
+    std::uint32_t begin, bytes;
+  };
 
   // Reads pieces from number `first` on and asks for their slots in `caches`.
   template <class Id>
   void read(const Splitter& splitter, std::size_t first, std::string_view text,
             const PieceCaches<Id>& caches) {
     count = first < splitter.size() ? std::min(kSize, splitter.size() - first) : 0;
+    const typename PieceCaches<Id>::Shorts::View shorts(caches.shorts());
     const char* const text_end = text.data() + text.size();
     const std::uint32_t* const ends = splitter.ends() + first;
-    std::size_t begin = first == 0 || count == 0 ? 0 : ends[-1];
+    std::uint32_t begin = first == 0 || count == 0 ? 0 : ends[-1];
     for (std::size_t i = 0; i < count; ++i) {
+      Entry& entry = entries[i];
+      entry.begin = begin;
+      entry.bytes = ends[i] - begin;
       const char* const at = splitter.begin() + begin;
-      const std::size_t bytes = ends[i] - begin;
       begin = ends[i];
-      pieces[i] = std::string_view(at, bytes);
       const std::ptrdiff_t readable = text_end - at;
-      if (bytes <= kMaxShortKey) {
-        keys[i] = readable >= std::ptrdiff_t{sizeof(ShortKey)} ? short_key(at, bytes)
-                                                               : short_key_exactly(at, bytes);
-        hashes[i] = key_hash(keys[i]);
-        caches.shorts.prefetch(hashes[i]);
-      } else if (bytes <= kMaxMiddleKey) {
+      if (entry.bytes <= kMaxShortKey) {
+        entry.key = readable >= std::ptrdiff_t{sizeof(ShortKey)}
+                        ? short_key(at, entry.bytes)
+                        : short_key_exactly(at, entry.bytes);
+        entry.hash = key_hash(entry.key);
+        shorts.prefetch(entry.hash);
+      } else if (entry.bytes <= kMaxMiddleKey) {
         middle_keys[i] = readable >= std::ptrdiff_t{sizeof(MiddleKey)}
-                             ? middle_key(at, bytes)
-                             : middle_key_exactly(at, bytes);
-        hashes[i] = key_hash(middle_keys[i]);
-        caches.middles.prefetch(hashes[i]);
+                             ? middle_key(at, entry.bytes)
+                             : middle_key_exactly(at, entry.bytes);
+        entry.hash = key_hash(middle_keys[i]);
+        typename PieceCaches<Id>::Middles::View(caches.middles()).prefetch(entry.hash);
       }
     }
   }
 
   std::size_t count = 0;
-  std::string_view pieces[kSize];
-  // Of those that have one.
-  ShortKey keys[kSize];
-  MiddleKey middle_keys[kSize];
-  std::uint64_t hashes[kSize];
+  Entry entries[kSize];
+  MiddleKey middle_keys[kSize];  // of those that have one
 };
 
 }  // namespace
@@ -171,7 +164,7 @@ ScratchLease::~ScratchLease() {
 }
 
 template <class Id>
-void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<Id>& ids,
+void BpeModel::encode(std::string_view text, Scratch& scratch, IdVector<Id>& ids,
                       Watch& watch) const {
   if (options_.add_prefix_space && !text.empty() && text.front() != ' ') {
     scratch.prefixed.assign(1, ' ').append(text);
@@ -182,73 +175,82 @@ void BpeModel::encode(std::string_view text, Scratch& scratch, std::vector<Id>& 
     watch.poll();
     // No more ids than bytes, and room for a whole slot's behind them.
     const std::size_t before = ids.size();
-    ids.resize(before + splitter.ends()[splitter.size() - 1] + MiddlePieceCache<Id>::kMaxIds);
+    ids.resize(before + splitter.ends()[splitter.size() - 1] + PackedIds<Id>::kWords);
     const Id* const end = encode_pieces(splitter, text, scratch, ids.data() + before, watch);
     ids.resize(static_cast<std::size_t>(end - ids.data()));
   }
 }
 
-template void BpeModel::encode(std::string_view, Scratch&, std::vector<std::uint16_t>&,
-                               Watch&) const;
-template void BpeModel::encode(std::string_view, Scratch&, std::vector<std::uint32_t>&,
-                               Watch&) const;
+template void BpeModel::encode(std::string_view, Scratch&, IdVector<std::uint16_t>&, Watch&) const;
+template void BpeModel::encode(std::string_view, Scratch&, IdVector<std::uint32_t>&, Watch&) const;
 
 // A look at the cache takes as long as all else where it goes to memory, so the slots of some
-// pieces are fetched while those before them are read.
+// pieces are fetched while those before them are read. Nearly all pieces are short, few are new:
+// one branch tells whether a piece is one of the rest, for those that are often mistaken cost more
+// than all else here.
 template <class Id>
 Id* BpeModel::encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch,
                             Id* out, Watch& watch) const {
-  PieceCaches<Id>& caches = scratch.caches<Id>();
-  // Copies the ids of a piece that `cache` has. A copy of known size is quicker than one of just
-  // the ids there are.
-  const auto is_known = [&out](const auto& cache, const auto& key, std::uint64_t hash) {
-    const auto* const slot = cache.find(key, hash);
-    if (!slot) return false;
-    std::memcpy(out, slot->ids, sizeof(slot->ids));
-    out += slot->count;
-    return true;
-  };
+  const PieceCaches<Id>& caches = scratch.caches<Id>();
   PieceGroup groups[2];
   groups[0].read(splitter, 0, text, caches);
   for (std::size_t number = 0; groups[number % 2].count != 0; ++number) {
     const PieceGroup& group = groups[number % 2];
     groups[(number + 1) % 2].read(splitter, (number + 1) * PieceGroup::kSize, text, caches);
+    typename PieceCaches<Id>::Shorts::View shorts(caches.shorts());
     for (std::size_t i = 0; i < group.count; ++i) {
-      const std::string_view piece = group.pieces[i];
-      const bool is_short = piece.size() <= kMaxShortKey;
-      if (is_short) {
-        if (is_known(caches.shorts, group.keys[i], group.hashes[i])) continue;
-      } else if (piece.size() <= kMaxMiddleKey) {
-        if (is_known(caches.middles, group.middle_keys[i], group.hashes[i])) continue;
-      }
-      Id* const end = encode_new_piece(piece, scratch, out, watch);
-      const auto ids = static_cast<std::size_t>(end - out);
-      if (ids <= PieceCaches<Id>::max_ids(piece.size())) {
-        if (is_short) {
-          caches.shorts.insert(group.keys[i], out, ids);
-        } else {
-          caches.middles.insert(group.middle_keys[i], out, ids);
+      const PieceGroup::Entry& entry = group.entries[i];
+      const std::string_view piece(splitter.begin() + entry.begin, entry.bytes);
+      if (entry.bytes <= kMaxShortKey) {
+        const auto& slot = shorts.likely_slot(entry.key, entry.hash);
+        const std::size_t count = slot.ids.count();
+        slot.ids.copy_to(out);
+        if ((slot.key == entry.key) & (count <= PackedIds<Id>::kMaxIds)) {
+          out += count;
+          continue;
         }
+        out = encode_unlikely_piece(piece, entry.key, entry.hash, scratch, out, watch);
+      } else if (entry.bytes <= kMaxMiddleKey) {
+        out = encode_unlikely_piece(piece, group.middle_keys[i], entry.hash, scratch, out, watch);
+      } else {
+        out = encode_long_piece(piece, scratch, out, watch);
       }
-      out = end;
+      shorts = typename PieceCaches<Id>::Shorts::View(caches.shorts());
     }
   }
   return out;
 }
 
-// A piece that the caches with slots do not have.
+// A piece that has a key.
+template <class Id, class Key>
+Id* BpeModel::encode_unlikely_piece(std::string_view piece, const Key& key, std::uint64_t hash,
+                                    Scratch& scratch, Id* out, Watch& watch) const {
+  PieceCaches<Id>& caches = scratch.caches<Id>();
+  const PackedIds<Id>* known;
+  if constexpr (sizeof(Key) == sizeof(ShortKey)) {
+    known = caches.shorts().find(key, hash);
+  } else {
+    known = caches.middles().find(key, hash);
+  }
+  if (known) return caches.copy(*known, out);
+  Id* const end = merge_piece(piece, scratch, out, watch);
+  caches.insert(key, out, static_cast<std::size_t>(end - out));
+  return end;
+}
+
+// A piece that has none.
 template <class Id>
-Id* BpeModel::encode_new_piece(std::string_view piece, Scratch& scratch, Id* out,
-                               Watch& watch) const {
-  const std::size_t max_ids = PieceCaches<Id>::max_ids(piece.size());
-  const bool may_be_kept = piece.size() > max_ids && piece.size() <= LongPieceCache::kMaxBytes;
+Id* BpeModel::encode_long_piece(std::string_view piece, Scratch& scratch, Id* out,
+                                Watch& watch) const {
+  const bool may_be_kept = piece.size() <= LongPieceCache::kMaxBytes;
   if (may_be_kept) {
     const auto [first, last] = scratch.long_pieces.find(piece);
     if (first) return std::copy(first, last, out);
   }
   Id* const end = merge_piece(piece, scratch, out, watch);
-  const auto ids = static_cast<std::size_t>(end - out);
-  if (may_be_kept && ids > max_ids) scratch.long_pieces.insert(piece, out, ids);
+  if (may_be_kept) {
+    scratch.long_pieces.insert(piece, out, static_cast<std::size_t>(end - out));
+  }
   return end;
 }
 

@@ -11,12 +11,17 @@
 #include <string_view>
 #include <vector>
 
+#include "memory.hpp"
 #include "merge_table.hpp"
 #include "pretokenize.hpp"
 #include "watch.hpp"
 #include "whole_pieces.hpp"
 
 namespace tinylm {
+
+// Ids of a text, of 16 bits if all fit, else of 32.
+template <class Id>
+using IdVector = std::vector<Id, UninitializedAllocator<Id>>;
 
 struct BpeOptions {
   SplitPattern pattern = SplitPattern::kGpt2;
@@ -50,7 +55,7 @@ class BpeModel {
   // all ids fit, or std::uint32_t. n log n in a piece's length at worst. Any number of threads may
   // call it at once, each with its own scratch. `watch` stops it by an exception.
   template <class Id>
-  void encode(std::string_view text, Scratch& scratch, std::vector<Id>& ids, Watch& watch) const;
+  void encode(std::string_view text, Scratch& scratch, IdVector<Id>& ids, Watch& watch) const;
 
   // Whether the ids fit 16 bits.
   bool is_narrow() const { return tokens_.size() <= std::size_t{1} << 16; }
@@ -107,8 +112,11 @@ class BpeModel {
   template <class Id>
   Id* encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch, Id* out,
                     Watch& watch) const;
+  template <class Id, class Key>
+  Id* encode_unlikely_piece(std::string_view piece, const Key& key, std::uint64_t hash,
+                            Scratch& scratch, Id* out, Watch& watch) const;
   template <class Id>
-  Id* encode_new_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
+  Id* encode_long_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
   template <class Id>
   Id* merge_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
   template <class Id>

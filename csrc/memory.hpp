@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -58,6 +60,25 @@ inline bool keep_freed_memory(bool keep) {
   return false;
 #endif
 }
+
+// An allocator for what is written before it is read: new elements of a vector are not set to zero.
+template <class T>
+class UninitializedAllocator : public std::allocator<T> {
+ public:
+  template <class Other>
+  struct rebind {
+    using other = UninitializedAllocator<Other>;
+  };
+
+  template <class U>
+  void construct(U* element) {
+    ::new (static_cast<void*>(element)) U;
+  }
+  template <class U, class... Arguments>
+  void construct(U* element, Arguments&&... arguments) {
+    ::new (static_cast<void*>(element)) U(std::forward<Arguments>(arguments)...);
+  }
+};
 
 // An allocator for large tables: on huge pages where there are any, and on whole cache lines.
 template <class T>

@@ -16,43 +16,105 @@
 
 namespace tinylm {
 
-// Ids of pieces that fit a key, ShortKey or MiddleKey, where there are few: the ids of a piece take
-// as much room as its key. Two places for each piece, side by side. It grows up to a bound; then
-// new pieces take the places of others.
+// The ids of a piece in 16 bytes: themselves where they are few, else how many they are and where
+// in a list they begin. The last word has the number of ids in it, behind an id if that is short.
+template <class Id>
+class PackedIds {
+ public:
+  static constexpr bool kIsNarrow = sizeof(Id) == sizeof(std::uint16_t);
+  static constexpr int kIdBits = kIsNarrow ? 16 : 26;
+  static constexpr std::size_t kWords = 16 / sizeof(Id);
+  static constexpr std::size_t kMaxIds = kIsNarrow ? kWords - 1 : kWords;
+
+  PackedIds() = default;
+  // `count` <= kMaxIds ids.
+  PackedIds(const Id* ids, std::size_t count) {
+    std::copy(ids, ids + count, words_);
+    set_count(count);
+  }
+  // More of them, from number `place` of a list on.
+  PackedIds(std::uint32_t place, std::size_t count) {
+    std::memcpy(words_, &place, sizeof(place));
+    set_count(count);
+  }
+
+  std::size_t count() const { return words_[kWords - 1] >> kCountShift; }
+  std::uint32_t place() const {
+    std::uint32_t place;
+    std::memcpy(&place, words_, sizeof(place));
+    return place;
+  }
+
+  // Writes kWords words, the first of which are the ids if there are no more than kMaxIds. That is
+  // quicker than to write as many as there are.
+  void copy_to(Id* out) const {
+    Id words[kWords];
+    std::memcpy(words, words_, sizeof(words));
+    if constexpr (!kIsNarrow) words[kWords - 1] &= (Id{1} << kCountShift) - 1;
+    std::memcpy(out, words, sizeof(words));
+  }
+
+ private:
+  static constexpr int kCountShift = kIsNarrow ? 0 : kIdBits;
+
+  void set_count(std::size_t count) {
+    words_[kWords - 1] = static_cast<Id>(words_[kWords - 1] | count << kCountShift);
+  }
+
+  Id words_[kWords] = {};
+};
+
+// Ids of pieces that fit a key, ShortKey or MiddleKey. Two places for each piece, side by side. It
+// grows up to a bound; then new pieces take the places of others.
 template <class Key, class Id>
 class KeyedPieceCache {
  public:
-  static constexpr std::size_t kMaxIds = sizeof(Key) / sizeof(Id) - 1;
-
-  struct Slot {
+  struct alignas(2 * sizeof(Key)) Slot {
     Key key;
-    Id ids[kMaxIds];
-    Id count;
+    PackedIds<Id> ids;
   };
 
-  // Has a piece's slots brought near while other work is done.
-  void prefetch(std::uint64_t hash) const {
-    const Bucket& bucket = buckets_[index_of(hash)];
-    tinylm::prefetch(&bucket.slots[0]);
-    if constexpr (sizeof(Bucket) > kLineBytes) tinylm::prefetch(&bucket.slots[1]);
-  }
+  // Where slots are, until the next insert: what a loop over pieces keeps in registers.
+  class View {
+   public:
+    explicit View(const KeyedPieceCache& cache)
+        : slots_(cache.buckets_[0].slots), shift_(64 - cache.bits_) {}
 
-  // The slot of a piece with this key, whose hash is `hash`, or nullptr. Constant time.
-  const Slot* find(const Key& key, std::uint64_t hash) const {
+    // Has a piece's slots brought near while other work is done.
+    void prefetch(std::uint64_t hash) const {
+      tinylm::prefetch(slots_of(hash));
+      if constexpr (sizeof(Bucket) > kLineBytes) tinylm::prefetch(slots_of(hash) + 1);
+    }
+
+    // Where most pieces that are there are found: the slot that has the key, or any other.
+    const Slot& likely_slot(const Key& key, std::uint64_t hash) const {
+      const Slot* const slots = slots_of(hash);
+      return slots[slots[1].key == key];
+    }
+
+   private:
+    const Slot* slots_of(std::uint64_t hash) const { return slots_ + 2 * (hash >> shift_); }
+
+    const Slot* slots_;
+    int shift_;
+  };
+
+  // The ids of a piece with this key, whose hash is `hash`, or nullptr. Constant time.
+  const PackedIds<Id>* find(const Key& key, std::uint64_t hash) const {
     const std::size_t index = index_of(hash);
-    const Bucket& bucket = buckets_[index];
-    const bool is_first = bucket.slots[0].key == key;
-    const bool is_second = bucket.slots[1].key == key;
-    if (is_first | is_second) return &bucket.slots[is_second];
-    return bucket.is_full() ? find_in(buckets_[index ^ 1], key) : nullptr;
+    for (const Bucket* bucket : {&buckets_[index], &buckets_[index ^ 1]}) {
+      for (const Slot& slot : bucket->slots) {
+        if (slot.key == key) return &slot.ids;
+      }
+      if (!bucket->is_full()) break;
+    }
+    return nullptr;
   }
 
-  // Keeps `count` <= kMaxIds ids of a piece that is not there.
-  void insert(const Key& key, const Id* ids, std::size_t count) {
+  // Keeps the ids of a piece that is not there.
+  void insert(const Key& key, const PackedIds<Id>& ids) {
     if (size_ > buckets_.size() && bits_ < kMaxBits) grow();
-    Slot slot = {key, {}, static_cast<Id>(count)};
-    std::copy(ids, ids + count, slot.ids);
-    put(slot);
+    put({key, ids});
   }
 
  private:
@@ -74,13 +136,6 @@ class KeyedPieceCache {
   using Buckets = std::vector<Bucket, HugePageAllocator<Bucket>>;
 
   std::size_t index_of(std::uint64_t hash) const { return hash >> (64 - bits_); }
-
-  static const Slot* find_in(const Bucket& bucket, const Key& key) {
-    for (const Slot& slot : bucket.slots) {
-      if (slot.key == key) return &slot;
-    }
-    return nullptr;
-  }
 
   // In its bucket, or else the one beside it, which the processor tends to fetch with it. Pieces
   // that came early are common ones, so the last slot is the one that is given to another.
@@ -108,12 +163,59 @@ class KeyedPieceCache {
   std::size_t size_ = 0;
 };
 
+// The caches of pieces of up to kMaxMiddleKey bytes, and the list of ids that are too many for
+// them.
 template <class Id>
-using ShortPieceCache = KeyedPieceCache<ShortKey, Id>;
-template <class Id>
-using MiddlePieceCache = KeyedPieceCache<MiddleKey, Id>;
+class PieceCaches {
+ public:
+  using Shorts = KeyedPieceCache<ShortKey, Id>;
+  using Middles = KeyedPieceCache<MiddleKey, Id>;
 
-// Ids of pieces that are too long or have too many ids for those. When it is full it is emptied.
+  const Shorts& shorts() const { return shorts_; }
+  const Middles& middles() const { return middles_; }
+
+  // Writes the ids of a piece that a cache has, and returns their end.
+  Id* copy(const PackedIds<Id>& ids, Id* out) const {
+    const std::size_t count = ids.count();
+    if (count <= PackedIds<Id>::kMaxIds) {
+      ids.copy_to(out);
+      return out + count;
+    }
+    return std::copy_n(many_ids_.data() + ids.place(), count, out);
+  }
+
+  // Keeps the ids of a piece that is not there. Whatever was known of either cache's slots is void.
+  void insert(const ShortKey& key, const Id* ids, std::size_t count) {
+    const PackedIds<Id> packed = pack(ids, count);
+    shorts_.insert(key, packed);
+  }
+  void insert(const MiddleKey& key, const Id* ids, std::size_t count) {
+    const PackedIds<Id> packed = pack(ids, count);
+    middles_.insert(key, packed);
+  }
+
+ private:
+#ifdef TINYLM_FUZZING
+  static constexpr std::size_t kMaxManyIds = 64;
+#else
+  static constexpr std::size_t kMaxManyIds = std::size_t{1} << 20;
+#endif
+
+  // Starts anew where the list would become too long.
+  PackedIds<Id> pack(const Id* ids, std::size_t count) {
+    if (count <= PackedIds<Id>::kMaxIds) return {ids, count};
+    if (many_ids_.size() + count > kMaxManyIds) *this = PieceCaches();
+    const auto place = static_cast<std::uint32_t>(many_ids_.size());
+    many_ids_.insert(many_ids_.end(), ids, ids + count);
+    return {place, count};
+  }
+
+  Shorts shorts_;
+  Middles middles_;
+  std::vector<Id> many_ids_;
+};
+
+// Ids of pieces that are too long for those. When it is full it is emptied.
 class LongPieceCache {
  public:
   static constexpr std::size_t kMaxBytes = 256;

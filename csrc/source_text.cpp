@@ -1,5 +1,6 @@
 #include "source_text.hpp"
 
+#include "text_view.hpp"
 #include "unicode_classes.hpp"
 #include "utf8.hpp"
 
@@ -69,11 +70,12 @@ Utf8Bytes write_utf8(const CodeUnit* data, std::size_t length, Utf8Buffer& buffe
   return {{begin, static_cast<std::size_t>(out - begin)}, has_replaced};
 }
 
-template <class CodeUnit>
-void cut_text_of(const CodeUnit* data, const SourceText& text, std::size_t index,
-                 std::size_t length, std::vector<TextPart>& parts) {
-  const auto is_cut = [data](std::size_t i) {
-    return data[i] == ' ' && char_classes()[data[i - 1]] != kSpace;
+template <class Text>
+void cut_text_of(const Text& units, const SourceText& text, std::size_t index, std::size_t length,
+                 std::vector<TextPart>& parts) {
+  const auto* const data = units.data;
+  const auto is_cut = [&units](std::size_t i) {
+    return units.data[i] == ' ' && char_classes()[units.previous(i)] != kSpace;
   };
   std::size_t begin = 0;
   while (true) {
@@ -93,6 +95,7 @@ void cut_text_of(const CodeUnit* data, const SourceText& text, std::size_t index
 
 std::size_t find_surrogate(const SourceText& text) {
   switch (text.width) {
+    case SourceText::kUtf8:
     case 1:
       return kNoPosition;
     case 2:
@@ -102,8 +105,15 @@ std::size_t find_surrogate(const SourceText& text) {
   }
 }
 
+bool is_valid_utf8(const SourceText& text) {
+  if (text.width != SourceText::kUtf8) return true;
+  const auto* const bytes = static_cast<const std::uint8_t*>(text.data);
+  return find_invalid_utf8(bytes, text.length) == text.length;
+}
+
 Utf8Bytes to_utf8(const SourceText& text, Utf8Buffer& buffer) {
-  if (text.is_ascii) return {{static_cast<const char*>(text.data), text.length}, false};
+  if (text.is_ascii || text.width == SourceText::kUtf8)
+    return {{static_cast<const char*>(text.data), text.length}, false};
   switch (text.width) {
     case 1:
       return write_utf8(static_cast<const std::uint8_t*>(text.data), text.length, buffer);
@@ -116,14 +126,8 @@ Utf8Bytes to_utf8(const SourceText& text, Utf8Buffer& buffer) {
 
 void cut_text(const SourceText& text, std::size_t index, std::size_t length,
               std::vector<TextPart>& parts) {
-  switch (text.width) {
-    case 1:
-      return cut_text_of(static_cast<const std::uint8_t*>(text.data), text, index, length, parts);
-    case 2:
-      return cut_text_of(static_cast<const std::uint16_t*>(text.data), text, index, length, parts);
-    default:
-      return cut_text_of(static_cast<const std::uint32_t*>(text.data), text, index, length, parts);
-  }
+  with_text({text.data, text.length, text.width},
+            [&](const auto& units) { cut_text_of(units, text, index, length, parts); });
 }
 
 }  // namespace tinylm

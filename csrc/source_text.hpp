@@ -1,4 +1,4 @@
-// Python strings as the threads see them: the code points where they lie, with no copy.
+// Texts as the threads see them: code points of Python strings where they lie, or UTF-8 in bytes.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,11 @@
 namespace tinylm {
 
 struct SourceText {
+  static constexpr int kUtf8 = 0;
   const void* data;
-  std::size_t length;  // in code points
-  int width;           // bytes per code point: 1, 2 or 4
-  bool is_ascii;
+  std::size_t length;  // in code points, or bytes of UTF-8
+  int width;           // bytes per code point: 1, 2 or 4; or kUtf8
+  bool is_ascii;       // known to be
 };
 
 constexpr std::size_t kNoPosition = static_cast<std::size_t>(-1);
@@ -33,6 +34,9 @@ void cut_text(const SourceText& text, std::size_t index, std::size_t length,
 
 // Position of the first surrogate of `text`, or kNoPosition. Linear.
 std::size_t find_surrogate(const SourceText& text);
+
+// Whether `text`, if it is UTF-8 at all, is valid. Linear.
+bool is_valid_utf8(const SourceText& text);
 
 // Room for one text after another, which is not filled before it is written.
 class Utf8Buffer {
@@ -58,8 +62,8 @@ struct Utf8Bytes {
   operator std::string_view() const { return bytes; }
 };
 
-// The text as UTF-8, with U+FFFD for each surrogate. ASCII stays where it is; the rest is written
-// to `buffer`, which must live as long as the result. Linear.
+// The text as UTF-8, with U+FFFD for each surrogate. ASCII and UTF-8 stay where they are; the rest
+// is written to `buffer`, which must live as long as the result. Linear.
 Utf8Bytes to_utf8(const SourceText& text, Utf8Buffer& buffer);
 
 }  // namespace tinylm

@@ -13,8 +13,10 @@ std::size_t find_invalid_utf8(const std::uint8_t* data, std::size_t size) {
       if (((words[0] | words[1]) & 0x8080808080808080u) != 0) break;
       in += 16;
     }
-    // A script has its characters side by side, so what follows is likely to be of the same kind.
-    for (int i = 0; i < 16 && in != end; ++i) {
+    // Most often that is a lone quotation mark or dash, or a word, and behind it all is ASCII
+    // again.
+    while (in != end && *in < 0x80) ++in;
+    while (in != end && *in >= 0x80) {
       const Utf8Read read = read_utf8(in, end);
       if (!read.valid) return static_cast<std::size_t>(in - data);
       in += read.bytes;

@@ -59,24 +59,27 @@ std::unique_ptr<BpeModel> make_model(const std::vector<py::bytes>& tokens, const
 // A list of so many ids is made between two looks at Python's signals.
 constexpr std::size_t kSignalCheckIds = std::size_t{1} << 20;
 
-// Thrown where a text has a surrogate and none may be replaced.
+// Thrown where a text has a surrogate and none may be replaced, and where bytes are not UTF-8.
 struct SurrogateFound {};
+struct InvalidUtf8Found {};
 
-// Calls function(), and if that finds a surrogate raises Python's error for the first one. So texts
-// without any are read once.
+// Calls function(), and if that finds what is no text raises Python's error for the first one. So
+// texts without any are read once.
 template <class Function>
-void refusing_surrogates(const TextBatch& batch, Function&& function) {
+void refusing_what_is_no_text(const TextBatch& batch, Function&& function) {
   try {
     function();
   } catch (const SurrogateFound&) {
     batch.refuse_surrogates();
+  } catch (const InvalidUtf8Found&) {
+    batch.refuse_invalid_utf8();
   }
 }
 
 template <class Id>
 void encode_text(const BpeModel& model, const SourceText& text, bool replace,
-                 BpeModel::Scratch& scratch, Utf8Buffer& buffer, std::vector<Id>& ids,
-                 Watch& watch) {
+                 BpeModel::Scratch& scratch, Utf8Buffer& buffer, IdVector<Id>& ids, Watch& watch) {
+  if (!is_valid_utf8(text)) throw InvalidUtf8Found();
   const Utf8Bytes utf8 = to_utf8(text, buffer);
   if (utf8.has_replaced && !replace) throw SurrogateFound();
   model.encode(utf8.bytes, scratch, ids, watch);
@@ -84,8 +87,8 @@ void encode_text(const BpeModel& model, const SourceText& text, bool replace,
 
 py::list encode(const BpeModel& model, const py::str& text, bool replace) {
   const TextBatch batch(py::make_tuple(text));
-  std::vector<TokenId> ids;
-  refusing_surrogates(batch, [&] {
+  IdVector<TokenId> ids;
+  refusing_what_is_no_text(batch, [&] {
     const py::gil_scoped_release release;
     const ScratchLease scratch(model);
     Utf8Buffer buffer;
@@ -103,7 +106,7 @@ py::list encode(const BpeModel& model, const py::str& text, bool replace) {
 // Ids of all texts, in pieces: one vector for each run of texts.
 template <class Id>
 struct EncodedChunks {
-  std::vector<std::vector<Id>> ids;
+  std::vector<IdVector<Id>> ids;
   std::vector<std::int64_t> offsets;  // of the texts, in all ids
 };
 
@@ -123,7 +126,7 @@ EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
   parallel_for(chunks, threads, watch, [&](std::size_t chunk, int worker) {
     auto& scratch = scratches[static_cast<std::size_t>(worker)];
     if (!scratch) scratch = std::make_unique<ScratchLease>(model);
-    std::vector<Id>& ids = result.ids[chunk];
+    IdVector<Id>& ids = result.ids[chunk];
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const std::size_t before = ids.size();
       encode_text(model, parts[i].source, replace, **scratch,
@@ -140,19 +143,23 @@ EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
   return result;
 }
 
-// One array of `ArrayId`, as wide as Id.
+// One array of `ArrayId`, as wide as Id. Several threads, for the array's memory is new, and each
+// page of that costs as much as its copying.
 template <class ArrayId, class Id>
-py::array join_chunks(EncodedChunks<Id>& encoded) {
+py::array join_chunks(EncodedChunks<Id>& encoded, int threads) {
   static_assert(sizeof(ArrayId) == sizeof(Id));
   py::array_t<ArrayId> array(encoded.offsets.back());
   auto* out = reinterpret_cast<char*>(array.mutable_data());
   const py::gil_scoped_release release;
-  for (std::vector<Id>& ids : encoded.ids) {
-    const std::size_t bytes = ids.size() * sizeof(Id);
-    if (bytes != 0) std::memcpy(out, ids.data(), bytes);
-    out += bytes;
-    std::vector<Id>().swap(ids);
+  std::vector<char*> places;
+  for (const IdVector<Id>& ids : encoded.ids) {
+    places.push_back(out);
+    out += ids.size() * sizeof(Id);
   }
+  parallel_for(places.size(), resolve_threads(threads, places.size()), [&](std::size_t i, int) {
+    const IdVector<Id> ids = std::move(encoded.ids[i]);
+    if (!ids.empty()) std::memcpy(places[i], ids.data(), ids.size() * sizeof(Id));
+  });
   return array;
 }
 
@@ -161,11 +168,11 @@ std::pair<py::array, py::array> encode_batch_as(const BpeModel& model, const Tex
                                                 std::optional<TokenId> eos_id, bool replace,
                                                 int threads) {
   EncodedChunks<Id> encoded;
-  refusing_surrogates(batch, [&] {
+  refusing_what_is_no_text(batch, [&] {
     const py::gil_scoped_release release;
     encoded = encode_chunks<Id>(model, batch, eos_id, replace, threads);
   });
-  py::array ids = join_chunks<ArrayId>(encoded);
+  py::array ids = join_chunks<ArrayId>(encoded, threads);
   return {std::move(ids),
           py::array_t<std::int64_t>(static_cast<py::ssize_t>(encoded.offsets.size()),
                                     encoded.offsets.data())};

@@ -21,7 +21,8 @@ namespace py = pybind11;
 
 using MergeArray = py::array_t<TokenId, py::array::c_style | py::array::forcecast>;
 
-// Texts of one call, readable without the GIL: it holds references, so nothing can free them.
+// Texts of one call, str or UTF-8 in bytes, readable without the GIL: it holds references, so
+// nothing can free them, and nothing may change them.
 class TextBatch {
  public:
   explicit TextBatch(const py::sequence& texts) {
@@ -45,6 +46,16 @@ class TextBatch {
     const py::object encoded = py::reinterpret_steal<py::object>(
         PyUnicode_AsEncodedString(owners_[i].ptr(), "utf-8", "strict"));
     if (!encoded) throw py::error_already_set();
+  }
+
+  // Raises the UnicodeDecodeError of bytes.decode for the first text that is not UTF-8, if any.
+  void refuse_invalid_utf8() const {
+    for (const SourceText& view : views_) {
+      if (is_valid_utf8(view)) continue;
+      const py::object decoded = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+          static_cast<const char*>(view.data), static_cast<py::ssize_t>(view.length), "strict"));
+      if (!decoded) throw py::error_already_set();
+    }
   }
 
   // All texts in parts of about kPartLength code points, so that several threads share a long one.
@@ -71,8 +82,16 @@ class TextBatch {
   static constexpr std::size_t kPartLength = 1 << 18;
 
   void add(py::object text) {
+    if (PyBytes_Check(text.ptr())) {
+      views_.push_back({PyBytes_AS_STRING(text.ptr()),
+                        static_cast<std::size_t>(PyBytes_GET_SIZE(text.ptr())), SourceText::kUtf8,
+                        false});
+      owners_.push_back(std::move(text));
+      return;
+    }
     if (!PyUnicode_Check(text.ptr())) {
-      throw py::type_error("texts must be str, not " + std::string(Py_TYPE(text.ptr())->tp_name));
+      throw py::type_error("texts must be str or bytes, not " +
+                           std::string(Py_TYPE(text.ptr())->tp_name));
     }
 #if PY_VERSION_HEX < 0x030C0000
     if (PyUnicode_READY(text.ptr()) != 0) throw py::error_already_set();

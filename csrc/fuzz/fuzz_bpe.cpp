@@ -1,4 +1,5 @@
 // BPE with a vocabulary that the fuzzer makes up, against merging the plainest way; and back.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -97,22 +98,30 @@ void merge_plainly(const Vocabulary& vocabulary, std::string_view piece,
   ids.insert(ids.end(), symbols.begin(), symbols.end());
 }
 
+template <class Id>
+void check_ids(const BpeModel& model, std::string_view text, const std::vector<TokenId>& expected) {
+  const ScratchLease scratch(model);
+  Watch watch;
+  for (int round = 0; round < 2; ++round) {  // The second finds its pieces in the cache.
+    IdVector<Id> ids;
+    model.encode(text, *scratch, ids, watch);
+    if (!std::equal(ids.begin(), ids.end(), expected.begin(), expected.end())) {
+      fail("the ids are not those of plain merging");
+    }
+    std::string decoded;
+    for (const TokenId id : ids) decoded += model.token(id);
+    if (decoded != text) fail("decoding does not give the text back");
+  }
+}
+
 void check_encoding(const Vocabulary& vocabulary, std::string_view text) {
   const BpeModel model(vocabulary.tokens, vocabulary.merges, vocabulary.byte_ids, {},
                        vocabulary.options);
   std::vector<TokenId> expected;
   for_each_piece(vocabulary.options.pattern, text,
                  [&](std::string_view piece) { merge_plainly(vocabulary, piece, expected); });
-  const ScratchLease scratch(model);
-  Watch watch;
-  for (int round = 0; round < 2; ++round) {  // The second finds its pieces in the cache.
-    std::vector<TokenId> ids;
-    model.encode(text, *scratch, ids, watch);
-    if (ids != expected) fail("the ids are not those of plain merging");
-    std::string decoded;
-    for (const TokenId id : ids) decoded += model.token(id);
-    if (decoded != text) fail("decoding does not give the text back");
-  }
+  check_ids<std::uint32_t>(model, text, expected);
+  check_ids<std::uint16_t>(model, text, expected);
 }
 
 }  // namespace

@@ -55,11 +55,26 @@ def to_text(text: Any, errors: str, where: str = "the text") -> str:
 
 def to_texts(texts: Iterable[Any], errors: str) -> Sequence[str]:
     """All ``texts`` as by `to_text`, with no copy of those that are strings."""
-    check_texts(texts)
-    sequence = texts if isinstance(texts, (list, tuple)) else list(texts)
+    sequence = _sequence(texts)
     if set(map(type, sequence)) <= {str}:
         return sequence
     return [to_text(text, errors, f"text {i}") for i, text in enumerate(sequence)]
+
+
+def to_texts_or_bytes(texts: Iterable[Any], errors: str) -> Sequence[str | bytes]:
+    """The same, but ``bytes``, which nobody can change meanwhile, as they are and unread."""
+    sequence = _sequence(texts)
+    if set(map(type, sequence)) <= {str, bytes}:
+        return sequence
+    return [
+        text if isinstance(text, bytes) else to_text(text, errors, f"text {i}")
+        for i, text in enumerate(sequence)
+    ]
+
+
+def _sequence(texts: Iterable[Any]) -> Sequence[Any]:
+    check_texts(texts)
+    return texts if isinstance(texts, (list, tuple)) else list(texts)
 
 
 def batches(texts: Iterable[Any]) -> Iterator[list[Any]]:
@@ -84,7 +99,7 @@ def is_replace(errors: str) -> bool:
     return errors == "replace"
 
 
-def surrogate_error(error: UnicodeEncodeError, texts: Sequence[str] = ()) -> InputError:
+def surrogate_error(error: UnicodeEncodeError, texts: Sequence[str | bytes] = ()) -> InputError:
     """What to raise for a text, one of ``texts`` if given, that cannot be encoded as UTF-8."""
     # The position in a batch is that of the very object which could not be encoded.
     index = next((i for i, text in enumerate(texts) if text is error.object), None)

@@ -19,6 +19,7 @@ from tinylm.tokenizer.batches import (
     surrogate_error,
     to_text,
     to_texts,
+    to_texts_or_bytes,
 )
 from tinylm.tokenizer.bpe_counter import DEFAULT_MEMORY, BPECounter
 from tinylm.tokenizer.bpe_formats import BPEFiles
@@ -266,13 +267,12 @@ class BPETokenizer(BPEFiles):
         Texts and special tokens are as for `encode`, which also says what is raised.
         """
         replace = is_replace(errors)
-        texts = to_texts(texts, errors)
         check_threads(threads)
         eos_id = self.eos_id if add_eos else None
+        if is_empty(allowed_special) and is_empty(disallowed_special):
+            return self._encode_plain(to_texts_or_bytes(texts, errors), eos_id, errors, threads)
+        texts = to_texts(texts, errors)
         try:
-            if is_empty(allowed_special) and is_empty(disallowed_special):
-                ids, offsets = self._model.encode_batch(texts, eos_id, replace, threads or 0)
-                return ids, offsets
             segments = [
                 self._segments(text, allowed_special, disallowed_special, replace, f"text {i}")
                 for i, text in enumerate(texts)
@@ -280,6 +280,18 @@ class BPETokenizer(BPEFiles):
         except UnicodeEncodeError as error:
             raise surrogate_error(error, texts) from None
         return self._join_segments(segments, eos_id, replace, threads)
+
+    def _encode_plain(
+        self, texts: Sequence[str | bytes], eos_id: int | None, errors: Errors, threads: int | None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """`encode_batch` of texts in which no special tokens are looked for."""
+        try:
+            ids, offsets = self._model.encode_batch(texts, eos_id, is_replace(errors), threads or 0)
+        except UnicodeDecodeError:  # what `to_texts` replaces, or says where it is
+            return self._encode_plain(to_texts(texts, errors), eos_id, errors, threads)
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error, texts) from None
+        return ids, offsets
 
     def _join_segments(
         self, texts: list[list[Segment]], eos_id: int | None, replace: bool, threads: int | None

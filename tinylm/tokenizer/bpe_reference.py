@@ -156,12 +156,16 @@ class BPEModel:
         return ids
 
     def encode_batch(
-        self, texts: Sequence[str], eos_id: int | None, replace: bool, threads: int
+        self, texts: Sequence[str | bytes], eos_id: int | None, replace: bool, threads: int
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Ids of all texts, each ended by ``eos_id`` if any, and where each text's ids start."""
+        """Ids of all texts, each ended by ``eos_id`` if any, and where each text's ids start.
+
+        ``UnicodeDecodeError`` if bytes are not UTF-8.
+        """
         dtype = np.uint16 if len(self._tokens) <= 1 << 16 else np.int32
         end = [] if eos_id is None else [eos_id]
-        parts = [np.array(self.encode(text, replace) + end, dtype=dtype) for text in texts]
+        read = [text.decode() if isinstance(text, bytes) else text for text in texts]
+        parts = [np.array(self.encode(text, replace) + end, dtype=dtype) for text in read]
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         return np.concatenate([np.empty(0, dtype), *parts]), offsets
 
