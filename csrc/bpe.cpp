@@ -133,12 +133,24 @@ BpeModel::BpeModel(std::vector<std::string> tokens, const std::vector<BpeMerge>&
     if (token.size <= ShortToken::kMaxBytes)
       std::memcpy(token.bytes, tokens_[id].data(), token.size);
   }
-  if (options_.ignore_merges) {
-    const std::set<TokenId> special(special_ids.begin(), special_ids.end());
-    whole_pieces_.reserve(tokens_.size());
-    for (TokenId id = 0; id < tokens_.size(); ++id) {
-      if (special.count(id) == 0 && !tokens_[id].empty()) whole_pieces_.insert(tokens_[id], id);
-    }
+  if (options_.ignore_merges) find_whole_pieces(special_ids);
+}
+
+// Published vocabularies have no such tokens, or few: then pieces need not be looked up twice.
+void BpeModel::find_whole_pieces(const std::vector<TokenId>& special_ids) {
+  const std::set<TokenId> special(special_ids.begin(), special_ids.end());
+  Scratch scratch;
+  IdVector<TokenId> merged;
+  Watch watch;
+  for (TokenId id = 0; id < tokens_.size(); ++id) {
+    const std::string& token = tokens_[id];
+    if (token.empty() || special.count(id) != 0) continue;
+    merged.resize(token.size());
+    const TokenId* const end = merge(token, scratch, merged.data(), watch);
+    // Of tokens with the same bytes the first one counts.
+    const bool is_merged =
+        end == merged.data() + 1 && merged[0] <= id && special.count(merged[0]) == 0;
+    if (!is_merged) whole_pieces_.insert(token, id);
   }
 }
 
@@ -260,6 +272,11 @@ Id* BpeModel::merge_piece(std::string_view piece, Scratch& scratch, Id* out, Wat
     *out = static_cast<Id>(whole);
     return out + 1;
   }
+  return merge(piece, scratch, out, watch);
+}
+
+template <class Id>
+Id* BpeModel::merge(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const {
   if (piece.size() <= kMaxShortPiece) return merge_short(piece, out);
   return merge_long(piece, scratch, out, watch);
 }

@@ -109,6 +109,7 @@ class BpeModel {
     const auto byte = [piece](std::size_t at) { return static_cast<unsigned char>(piece[at]); };
     return byte_merges_[std::size_t{byte(i)} << 8 | byte(i + 1)];
   }
+  void find_whole_pieces(const std::vector<TokenId>& special_ids);
   template <class Id>
   Id* encode_pieces(const Splitter& splitter, std::string_view text, Scratch& scratch, Id* out,
                     Watch& watch) const;
@@ -120,6 +121,8 @@ class BpeModel {
   template <class Id>
   Id* merge_piece(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
   template <class Id>
+  Id* merge(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
+  template <class Id>
   Id* merge_short(std::string_view piece, Id* out) const;
   template <class Id>
   Id* merge_long(std::string_view piece, Scratch& scratch, Id* out, Watch& watch) const;
@@ -129,7 +132,8 @@ class BpeModel {
   std::array<TokenId, 256> byte_ids_;
   MergeTable merges_;
   std::vector<RankedMerge> byte_merges_;  // of each byte with each
-  WholePieces whole_pieces_;              // none without ignore_merges
+  // With ignore_merges, tokens that their own merges do not lead to.
+  WholePieces whole_pieces_;
   BpeOptions options_;
 
   mutable std::mutex pool_mutex_;

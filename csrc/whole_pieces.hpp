@@ -1,4 +1,5 @@
-// Tokens by their bytes, where a piece that is a token stays one whatever the merges say.
+// Tokens by their bytes, where a piece that is a token is that token though its merges lead
+// elsewhere.
 #pragma once
 
 #include <cstddef>
@@ -12,18 +13,11 @@
 
 namespace tinylm {
 
-// Most tokens are short ones and are found in one place: up to a third of a cache line, in a table
-// at most half full. Nothing is erased.
+// Short tokens are found in one place: up to a third of a cache line, in a table at most half full.
+// Nothing is erased.
 class WholePieces {
  public:
   static constexpr TokenId kNone = ~TokenId{0};
-
-  // Makes room for `count` tokens.
-  void reserve(std::size_t count) {
-    std::size_t slots = 1;
-    while (slots < 2 * count) slots *= 2;
-    slots_.resize(slots);
-  }
 
   // `token` is not empty and stays where it is. Of two with the same bytes the first counts.
   // Constant time.
@@ -32,14 +26,20 @@ class WholePieces {
       long_ones_.emplace(token, id);
       return;
     }
-    Slot& slot = slots_[index_of(token)];
-    if (slot.id == kNone) slot = {short_key_exactly(token.data(), token.size()), id};
+    if (2 * (short_ones_ + 1) > slots_.size()) grow();
+    Slot& slot = slots_[index_of(short_key_exactly(token.data(), token.size()))];
+    if (slot.id != kNone) return;
+    slot = {short_key_exactly(token.data(), token.size()), id};
+    ++short_ones_;
   }
 
   // The token that `piece`, which is not empty, is, or kNone. Constant time.
   TokenId find(std::string_view piece) const {
-    if (slots_.empty()) return kNone;
-    if (piece.size() <= kMaxShortKey) return slots_[index_of(piece)].id;
+    if (piece.size() <= kMaxShortKey) {
+      if (short_ones_ == 0) return kNone;
+      return slots_[index_of(short_key_exactly(piece.data(), piece.size()))].id;
+    }
+    if (long_ones_.empty()) return kNone;
     const auto found = long_ones_.find(piece);
     return found == long_ones_.end() ? kNone : found->second;
   }
@@ -50,16 +50,24 @@ class WholePieces {
     TokenId id = kNone;
   };
 
-  // Where a short piece is, or the empty slot where it belongs.
-  std::size_t index_of(std::string_view piece) const {
-    const ShortKey key = short_key_exactly(piece.data(), piece.size());
+  // Where a key is, or the empty slot where it belongs.
+  std::size_t index_of(const ShortKey& key) const {
     const std::size_t mask = slots_.size() - 1;
     std::size_t i = (key_hash(key) >> 32) & mask;
     while (slots_[i].id != kNone && !(slots_[i].key == key)) i = (i + 1) & mask;
     return i;
   }
 
+  void grow() {
+    std::vector<Slot> old(slots_.empty() ? 16 : 2 * slots_.size());
+    old.swap(slots_);
+    for (const Slot& slot : old) {
+      if (slot.id != kNone) slots_[index_of(slot.key)] = slot;
+    }
+  }
+
   std::vector<Slot> slots_;
+  std::size_t short_ones_ = 0;
   std::unordered_map<std::string_view, TokenId> long_ones_;
 };
 
