@@ -45,6 +45,10 @@ class Tinylm:
         return self.tokenizer.decode_bytes(ids)
 
 
+class TinylmFromBytes(Tinylm):
+    from_bytes = True  # of UTF-8, whatever else is timed
+
+
 class Gigatoken:
     def __init__(self, vocabulary: Vocabulary) -> None:
         import gigatoken
@@ -191,6 +195,7 @@ SIDES = {
     name: kind
     for name, kind in {
         "tinylm": Tinylm,
+        "tinylm from bytes": TinylmFromBytes,
         "gigatoken": Gigatoken,
         "gigatoken from bytes": GigatokenFromBytes,
         "quicktok": Quicktok,

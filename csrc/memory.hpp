@@ -61,25 +61,6 @@ inline bool keep_freed_memory(bool keep) {
 #endif
 }
 
-// An allocator for what is written before it is read: new elements of a vector are not set to zero.
-template <class T>
-class UninitializedAllocator : public std::allocator<T> {
- public:
-  template <class Other>
-  struct rebind {
-    using other = UninitializedAllocator<Other>;
-  };
-
-  template <class U>
-  void construct(U* element) {
-    ::new (static_cast<void*>(element)) U;
-  }
-  template <class U, class... Arguments>
-  void construct(U* element, Arguments&&... arguments) {
-    ::new (static_cast<void*>(element)) U(std::forward<Arguments>(arguments)...);
-  }
-};
-
 // An allocator for large tables: on huge pages where there are any, and on whole cache lines.
 template <class T>
 class HugePageAllocator {
@@ -107,6 +88,25 @@ class HugePageAllocator {
  private:
   static constexpr std::size_t alignment(std::size_t bytes) {
     return bytes >= kHugePageBytes ? kHugePageBytes : alignof(T) < 64 ? 64 : alignof(T);
+  }
+};
+
+// The same for what is written before it is read: new elements of a vector are not set to zero.
+template <class T>
+class UninitializedAllocator : public HugePageAllocator<T> {
+ public:
+  template <class Other>
+  struct rebind {
+    using other = UninitializedAllocator<Other>;
+  };
+
+  template <class U>
+  void construct(U* element) {
+    ::new (static_cast<void*>(element)) U;
+  }
+  template <class U, class... Arguments>
+  void construct(U* element, Arguments&&... arguments) {
+    ::new (static_cast<void*>(element)) U(std::forward<Arguments>(arguments)...);
   }
 };
 

@@ -103,37 +103,53 @@ py::list encode(const BpeModel& model, const py::str& text, bool replace) {
   return list;
 }
 
-// Ids of all texts, in pieces: one vector for each run of texts.
+// Ids of all texts, in pieces: those of each run of texts in the memory of the thread that found
+// them.
 template <class Id>
 struct EncodedChunks {
-  std::vector<IdVector<Id>> ids;
+  struct Chunk {
+    std::size_t worker, begin, size;
+  };
+  std::vector<IdVector<Id>> ids_of_workers;
+  std::vector<Chunk> chunks;
   std::vector<std::int64_t> offsets;  // of the texts, in all ids
 };
+
+// At least so many bytes of most texts make one id; more room is found if that is wrong.
+constexpr std::size_t kBytesPerId = 3;
 
 template <class Id>
 EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
                                 std::optional<TokenId> eos_id, bool replace, int threads) {
   const std::vector<TextPart> parts = batch.parts();
   const std::vector<std::size_t> starts = TextBatch::chunk_starts(parts);
-  const std::size_t chunks = starts.size() - 1;
+  std::size_t length = parts.size();
+  for (const TextPart& part : parts) length += part.source.length;
   EncodedChunks<Id> result;
-  result.ids.resize(chunks);
+  result.chunks.resize(starts.size() - 1);
+  threads = resolve_threads(threads, result.chunks.size());
+  const auto workers = static_cast<std::size_t>(threads);
+  result.ids_of_workers.resize(workers);
   std::vector<std::size_t> sizes(parts.size());
-  threads = resolve_threads(threads, chunks);
-  std::vector<std::unique_ptr<ScratchLease>> scratches(static_cast<std::size_t>(threads));
-  std::vector<Utf8Buffer> buffers(scratches.size());
+  std::vector<std::unique_ptr<ScratchLease>> scratches(workers);
+  std::vector<Utf8Buffer> buffers(workers);
   Watch watch;
-  parallel_for(chunks, threads, watch, [&](std::size_t chunk, int worker) {
-    auto& scratch = scratches[static_cast<std::size_t>(worker)];
-    if (!scratch) scratch = std::make_unique<ScratchLease>(model);
-    IdVector<Id>& ids = result.ids[chunk];
+  parallel_for(result.chunks.size(), threads, watch, [&](std::size_t chunk, int number) {
+    const auto worker = static_cast<std::size_t>(number);
+    auto& scratch = scratches[worker];
+    IdVector<Id>& ids = result.ids_of_workers[worker];
+    if (!scratch) {
+      scratch = std::make_unique<ScratchLease>(model);
+      ids.reserve(length / workers / kBytesPerId);
+    }
+    const std::size_t begin = ids.size();
     for (std::size_t i = starts[chunk]; i < starts[chunk + 1]; ++i) {
       const std::size_t before = ids.size();
-      encode_text(model, parts[i].source, replace, **scratch,
-                  buffers[static_cast<std::size_t>(worker)], ids, watch);
+      encode_text(model, parts[i].source, replace, **scratch, buffers[worker], ids, watch);
       if (eos_id && parts[i].is_last) ids.push_back(static_cast<Id>(*eos_id));
       sizes[i] = ids.size() - before;
     }
+    result.chunks[chunk] = {worker, begin, ids.size() - begin};
   });
   result.offsets.assign(batch.size() + 1, 0);
   for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -146,20 +162,22 @@ EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
 // One array of `ArrayId`, as wide as Id. Several threads, for the array's memory is new, and each
 // page of that costs as much as its copying.
 template <class ArrayId, class Id>
-py::array join_chunks(EncodedChunks<Id>& encoded, int threads) {
+py::array join_chunks(const EncodedChunks<Id>& encoded) {
   static_assert(sizeof(ArrayId) == sizeof(Id));
   py::array_t<ArrayId> array(encoded.offsets.back());
   auto* out = reinterpret_cast<char*>(array.mutable_data());
   const py::gil_scoped_release release;
   std::vector<char*> places;
-  for (const IdVector<Id>& ids : encoded.ids) {
+  for (const auto& chunk : encoded.chunks) {
     places.push_back(out);
-    out += ids.size() * sizeof(Id);
+    out += chunk.size * sizeof(Id);
   }
-  parallel_for(places.size(), resolve_threads(threads, places.size()), [&](std::size_t i, int) {
-    const IdVector<Id> ids = std::move(encoded.ids[i]);
-    if (!ids.empty()) std::memcpy(places[i], ids.data(), ids.size() * sizeof(Id));
-  });
+  const auto copy = [&](std::size_t i, int) {
+    const auto& chunk = encoded.chunks[i];
+    const Id* const ids = encoded.ids_of_workers[chunk.worker].data() + chunk.begin;
+    if (chunk.size != 0) std::memcpy(places[i], ids, chunk.size * sizeof(Id));
+  };
+  parallel_for(places.size(), static_cast<int>(encoded.ids_of_workers.size()), copy);
   return array;
 }
 
@@ -172,7 +190,7 @@ std::pair<py::array, py::array> encode_batch_as(const BpeModel& model, const Tex
     const py::gil_scoped_release release;
     encoded = encode_chunks<Id>(model, batch, eos_id, replace, threads);
   });
-  py::array ids = join_chunks<ArrayId>(encoded, threads);
+  py::array ids = join_chunks<ArrayId>(encoded);
   return {std::move(ids),
           py::array_t<std::int64_t>(static_cast<py::ssize_t>(encoded.offsets.size()),
                                     encoded.offsets.data())};
