@@ -134,9 +134,15 @@ def attention_backward(
         tinylm_attention_backward_dkdv[(B * H_kv, triton.cdiv(S, by_key.columns))](
             *inputs, dout_BTHD, lse_BHT, delta_BHT, dk, dv, scale, H_kv, H // H_kv, T, S,
             *strides, **shape, BLOCK_T=by_key.rows, BLOCK_S=by_key.columns, **by_key.launch,
-            maxnreg=MOST_REGISTERS if D > 64 or q_BHTD.dtype == torch.float32 else None,
+            maxnreg=MOST_REGISTERS if _dkdv_would_spill(q_BHTD, start_BT, causal) else None,
         )  # fmt: skip
     return dq, dk, dv
+
+
+def _dkdv_would_spill(q_BHTD: Tensor, start_BT: Tensor | None, causal: bool) -> bool:
+    """Elsewhere one program more on a processor is worth having."""
+    masked = start_BT is not None and not causal
+    return q_BHTD.dtype == torch.float32 or (masked and q_BHTD.shape[3] > 64)
 
 
 def _strides(
