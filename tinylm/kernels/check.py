@@ -83,7 +83,8 @@ def _results(case: Case, device: torch.device, dtype: torch.dtype, full: bool) -
         for name, (_, _, failure) in errors.items()
         if failure is None
     }
-    times = dict(zip(calls, timed(list(calls.values()), device), strict=True))
+    with refusals():  # the results say them
+        times = dict(zip(calls, timed(list(calls.values()), device), strict=True))
     kind = case.kind(*inputs) if case.kind is not None else ""
     for name, (error, refusal, failure) in errors.items():
         yield Result(
