@@ -43,7 +43,7 @@ def test_train_options() -> None:
         "-h --help --preset --resume --fresh --quiet --data --valid --text-field --errors "
         "--tokenizer --vocab-size --valid-fraction --d-model --n-layers --n-heads --n-kv-heads "
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
-        "--micro-batch-size --embedding-init --optimizer --lr --muon-lr --beta1 --beta2 "
+        "--micro-batch-size --scripts --embedding-init --optimizer --lr --muon-lr --beta1 --beta2 "
         "--weight-decay --schedule --warmup --decay --clip --device --precision --seed "
         "--deterministic --no-deterministic --on-nan --log-every --eval-every --eval-tokens "
         "--logger --sample-every --checkpoint-seconds --keep-checkpoints "

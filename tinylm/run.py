@@ -222,10 +222,14 @@ def _introduce(trainer: Trainer, progress: TrainingProgress) -> None:
     config, data = trainer.config, trainer.dataset
     model = trainer.model
     progress.say(f"model   {config.preset}: {model.parameter_count():,} parameters")
+    invented = trainer.invented_tokens
+    tokens = len(data.train) - invented
     progress.say(
-        f"data    {len(data.train.ids):,} training and {len(data.valid.ids):,} validation tokens, "
+        f"data    {tokens:,} training and {len(data.valid):,} validation tokens, "
         f"{data.tokenizer.kind} vocabulary of {data.tokenizer.vocab_size:,}"
     )
+    if invented:
+        progress.say(f"        and {invented:,} training tokens of text in invented scripts")
     progress.say(f"device  {trainer.device}")
     progress.say(f"steps   {trainer.step.about}")
     if trainer.total_steps is None:

@@ -12,6 +12,7 @@ from tinylm import kernels
 from tinylm.checkpoint import Checkpoint, CheckpointFolder, load_tensors, save_tensors
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
+from tinylm.data.scripts import with_scripts
 from tinylm.data.windows import WindowSampler
 from tinylm.device import Device, changed_conditions, conditions, freed_memory_kept
 from tinylm.device_step import DeviceStep, runs_on_device
@@ -60,6 +61,9 @@ class Trainer:
         progress: TrainingProgress,
         world: World | None = None,
     ) -> None:
+        text_tokens = len(dataset.train)
+        dataset = with_scripts(dataset, config.scripts, config.seed)
+        self.invented_tokens = len(dataset.train) - text_tokens
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress
         self.world = world or World()
