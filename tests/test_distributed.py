@@ -140,7 +140,7 @@ def process_of(rank: int, parent: int) -> int:
 
 @linux
 def test_two_processes_are_as_good_as_one_whatever_happens(corpus: Path, tmp_path: Path) -> None:
-    """One is killed, and still the run, gone on with, is that of one process, bit for bit.
+    """One is killed, torchrun is stopped, and still the run is that of one process, bit for bit.
 
     For that one has to add up the halves of a batch as two do; with whole batches it is the same
     up to rounding.
@@ -161,9 +161,21 @@ def test_two_processes_are_as_good_as_one_whatever_happens(corpus: Path, tmp_pat
     assert f"{message} {saved[0] + 1}; the last good checkpoint is of step {saved[0]}" in said
 
     run = torchrun(options | {"out": str(cut)})
+    while records(cut, "loss")[-1]["step"] < saved[0] + 5:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode != 0
+    assert said.count(f"resuming from the checkpoint of step {saved[0]}") == 1
+    stopped = CheckpointFolder(cut / "checkpoints").steps()[-1]
+    assert saved[0] + 5 <= stopped == records(cut, "loss")[-1]["step"] < 80
+    assert f"stopped by SIGTERM at step {stopped}" in said
+
+    run = torchrun(options | {"out": str(cut)})
     out, said = run.communicate(timeout=120)
     assert (run.returncode, out) == (0, f"{cut}\n"), said
-    assert said.count(f"resuming from the checkpoint of step {saved[0]}") == 1
+    assert said.count(f"resuming from the checkpoint of step {stopped}") == 1
     assert said.count("evaluating on the whole validation split") == 1
 
     train(TrainConfig.from_preset(out=str(whole), micro_batch_size=4, **options), quiet=True)
