@@ -159,11 +159,26 @@ EncodedChunks<Id> encode_chunks(const BpeModel& model, const TextBatch& batch,
   return result;
 }
 
-// One array of `ArrayId`, as wide as Id. Several threads, for the array's memory is new, and each
-// page of that costs as much as its copying.
+// The ids as an array of `ArrayId`, as wide as Id, with no copy.
 template <class ArrayId, class Id>
-py::array join_chunks(const EncodedChunks<Id>& encoded) {
+py::array to_array(IdVector<Id>&& ids) {
+  auto owner = std::make_unique<IdVector<Id>>(std::move(ids));
+  const auto size = static_cast<py::ssize_t>(owner->size());
+  const auto* const data = reinterpret_cast<const ArrayId*>(owner->data());
+  const py::capsule base(owner.get(),
+                         [](void* vector) { delete static_cast<IdVector<Id>*>(vector); });
+  owner.release();
+  return py::array_t<ArrayId>(size, data, base);
+}
+
+// One array of `ArrayId`, as wide as Id. It is put together by several threads, for its memory is
+// new, and each page of that costs as much as its copying.
+template <class ArrayId, class Id>
+py::array join_chunks(EncodedChunks<Id>& encoded) {
   static_assert(sizeof(ArrayId) == sizeof(Id));
+  if (encoded.ids_of_workers.size() == 1) {
+    return to_array<ArrayId>(std::move(encoded.ids_of_workers[0]));
+  }
   py::array_t<ArrayId> array(encoded.offsets.back());
   auto* out = reinterpret_cast<char*>(array.mutable_data());
   const py::gil_scoped_release release;
