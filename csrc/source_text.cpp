@@ -1,6 +1,5 @@
 #include "source_text.hpp"
 
-#include "text_view.hpp"
 #include "unicode_classes.hpp"
 #include "utf8.hpp"
 
@@ -85,7 +84,7 @@ void cut_text_of(const Text& units, const SourceText& text, std::size_t index, s
       while (end < text.length && !is_cut(end)) ++end;
     }
     parts.push_back(
-        {index, {data + begin, end - begin, text.width, text.is_ascii}, end == text.length});
+        {index, {{data + begin, end - begin, text.kind}, text.is_ascii}, end == text.length});
     if (end == text.length) return;
     begin = end;
   }
@@ -94,8 +93,8 @@ void cut_text_of(const Text& units, const SourceText& text, std::size_t index, s
 }  // namespace
 
 std::size_t find_surrogate(const SourceText& text) {
-  switch (text.width) {
-    case SourceText::kUtf8:
+  switch (text.kind) {
+    case TextView::kUtf8:
     case 1:
       return kNoPosition;
     case 2:
@@ -106,15 +105,15 @@ std::size_t find_surrogate(const SourceText& text) {
 }
 
 bool is_valid_utf8(const SourceText& text) {
-  if (text.width != SourceText::kUtf8) return true;
+  if (text.kind != TextView::kUtf8) return true;
   const auto* const bytes = static_cast<const std::uint8_t*>(text.data);
   return find_invalid_utf8(bytes, text.length) == text.length;
 }
 
 Utf8Bytes to_utf8(const SourceText& text, Utf8Buffer& buffer) {
-  if (text.is_ascii || text.width == SourceText::kUtf8)
+  if (text.is_ascii || text.kind == TextView::kUtf8)
     return {{static_cast<const char*>(text.data), text.length}, false};
-  switch (text.width) {
+  switch (text.kind) {
     case 1:
       return write_utf8(static_cast<const std::uint8_t*>(text.data), text.length, buffer);
     case 2:
@@ -126,8 +125,7 @@ Utf8Bytes to_utf8(const SourceText& text, Utf8Buffer& buffer) {
 
 void cut_text(const SourceText& text, std::size_t index, std::size_t length,
               std::vector<TextPart>& parts) {
-  with_text({text.data, text.length, text.width},
-            [&](const auto& units) { cut_text_of(units, text, index, length, parts); });
+  with_text(text, [&](const auto& units) { cut_text_of(units, text, index, length, parts); });
 }
 
 }  // namespace tinylm

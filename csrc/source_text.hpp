@@ -7,14 +7,12 @@
 #include <string_view>
 #include <vector>
 
+#include "text_view.hpp"
+
 namespace tinylm {
 
-struct SourceText {
-  static constexpr int kUtf8 = 0;
-  const void* data;
-  std::size_t length;  // in code points, or bytes of UTF-8
-  int width;           // bytes per code point: 1, 2 or 4; or kUtf8
-  bool is_ascii;       // known to be
+struct SourceText : TextView {
+  bool is_ascii;  // known to be
 };
 
 constexpr std::size_t kNoPosition = static_cast<std::size_t>(-1);

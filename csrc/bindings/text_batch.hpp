@@ -14,6 +14,7 @@
 #include "pair_map.hpp"
 #include "pretokenize.hpp"
 #include "source_text.hpp"
+#include "texts.hpp"
 
 namespace tinylm {
 
@@ -83,22 +84,16 @@ class TextBatch {
 
   void add(py::object text) {
     if (PyBytes_Check(text.ptr())) {
-      views_.push_back({PyBytes_AS_STRING(text.ptr()),
-                        static_cast<std::size_t>(PyBytes_GET_SIZE(text.ptr())), SourceText::kUtf8,
+      views_.push_back({{PyBytes_AS_STRING(text.ptr()),
+                         static_cast<std::size_t>(PyBytes_GET_SIZE(text.ptr())), TextView::kUtf8},
                         false});
-      owners_.push_back(std::move(text));
-      return;
-    }
-    if (!PyUnicode_Check(text.ptr())) {
+    } else if (PyUnicode_Check(text.ptr())) {
+      const TextView view = view_of_str(text.ptr());
+      views_.push_back({view, PyUnicode_IS_ASCII(text.ptr()) != 0});
+    } else {
       throw py::type_error("texts must be str or bytes, not " +
                            std::string(Py_TYPE(text.ptr())->tp_name));
     }
-#if PY_VERSION_HEX < 0x030C0000
-    if (PyUnicode_READY(text.ptr()) != 0) throw py::error_already_set();
-#endif
-    views_.push_back(
-        {PyUnicode_DATA(text.ptr()), static_cast<std::size_t>(PyUnicode_GET_LENGTH(text.ptr())),
-         static_cast<int>(PyUnicode_KIND(text.ptr())), PyUnicode_IS_ASCII(text.ptr()) != 0});
     owners_.push_back(std::move(text));
   }
 

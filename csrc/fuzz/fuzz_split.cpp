@@ -235,6 +235,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::vector<char> exact(utf8.begin(), utf8.end());
   tinylm::check({exact.data(), exact.size()});
   tinylm::check_parts(text.source(), utf8);
-  tinylm::check_parts({exact.data(), exact.size(), tinylm::SourceText::kUtf8, false}, utf8);
+  tinylm::check_parts({{exact.data(), exact.size(), tinylm::TextView::kUtf8}, false}, utf8);
   return 0;
 }

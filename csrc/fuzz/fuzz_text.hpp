@@ -35,7 +35,7 @@ class FuzzText {
   const void* data() const { return bytes_.data(); }
   std::size_t length() const { return units_.size(); }
   int width() const { return width_; }
-  SourceText source() const { return {data(), length(), width_, is_ascii_}; }
+  SourceText source() const { return {{data(), length(), width_}, is_ascii_}; }
 
  private:
   static constexpr std::uint32_t kAwkward[] = {
