@@ -94,7 +94,7 @@ class TrainConfig:
         "windows computed at once; with fewer, less memory and the same result but for rounding",
     )
 
-    scripts: float = option(
+    invented_scripts: float = option(
         0.03, "share of text in invented scripts that is added to the training text (BPE only)"
     )
     embedding_init: Literal["cooccurrence", "random"] = option(
@@ -154,8 +154,10 @@ class TrainConfig:
             "micro_batch_size", "lr", "muon_lr", "log_every", "eval_every", "eval_tokens",
             "sample_every", "keep_checkpoints",
         )  # fmt: skip
-        if not 0 <= self.scripts <= 1:
-            raise InputError(f"scripts is {self.scripts}; it is a share, between 0 and 1")
+        if not 0 <= self.invented_scripts <= 1:
+            raise InputError(
+                f"invented_scripts is {self.invented_scripts}; it is a share, between 0 and 1"
+            )
         _not_negative(self, "weight_decay", "clip", "checkpoint_seconds")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -219,14 +221,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "causal": _NOTEBOOK_MODEL
     | {
         "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64,
-        "scripts": 0.0, "embedding_init": "random", "optimizer": "adamw", "lr": 1e-3,
+        "invented_scripts": 0.0, "embedding_init": "random", "optimizer": "adamw", "lr": 1e-3,
         "beta2": 0.95,
     },
     "notebook": _NOTEBOOK_MODEL
     | {
         "positions": "none", "causal": False, "tokenizer": "word", "document_eos": False,
         "seq_len": 32, "stride": 1, "batch_size": 16, "epochs": 5.0,
-        "scripts": 0.0, "embedding_init": "random", "optimizer": "adamw", "lr": 1e-4,
+        "invented_scripts": 0.0, "embedding_init": "random", "optimizer": "adamw", "lr": 1e-4,
         "beta2": 0.999,
         "schedule": "constant", "clip": 0.0, "log_every": 1000, "precision": "fp32",
     },

@@ -12,7 +12,7 @@ from tinylm import kernels
 from tinylm.checkpoint import Checkpoint, CheckpointFolder, load_tensors, save_tensors
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
-from tinylm.data.scripts import with_scripts
+from tinylm.data.invented_scripts import with_invented_scripts
 from tinylm.data.windows import WindowSampler
 from tinylm.device import Device, changed_conditions, conditions, freed_memory_kept
 from tinylm.device_step import DeviceStep, runs_on_device
@@ -62,7 +62,7 @@ class Trainer:
         world: World | None = None,
     ) -> None:
         text_tokens = len(dataset.train)
-        dataset = with_scripts(dataset, config.scripts, config.seed)
+        dataset = with_invented_scripts(dataset, config.invented_scripts, config.seed)
         self.invented_tokens = len(dataset.train) - text_tokens
         self.config, self.dataset, self.folder, self.device = config, dataset, folder, device
         self.progress = progress

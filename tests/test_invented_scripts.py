@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.config import DataConfig, TrainConfig
-from tinylm.data import Dataset, TokenFile, prepare, scripts
-from tinylm.data.scripts import BLOCK, FIRST, LAST, PIECE, with_scripts
+from tinylm.data import Dataset, TokenFile, invented_scripts, prepare
+from tinylm.data.invented_scripts import BLOCK, FIRST, LAST, PIECE, with_invented_scripts
 from tinylm.errors import InputError
 from tinylm.tokenizer import BPETokenizer, Tokenizer
 
@@ -29,7 +29,7 @@ WHOLE = dataset_of([TOKENIZER.encode(text, add_eos=True) for text in TEXTS])
 
 def added(share: float, seed: int = 0, whole: Dataset = WHOLE) -> list[np.ndarray]:
     """The new documents; what was there is as it was."""
-    old, new = whole.train, with_scripts(whole, share, seed).train
+    old, new = whole.train, with_invented_scripts(whole, share, seed).train
     assert np.array_equal(new.ids[: len(old)], old.ids)
     assert np.array_equal(new.offsets[: old.documents + 1], old.offsets)
     assert new.dtype == old.dtype
@@ -80,7 +80,7 @@ def test_scripts_differ_and_the_seed_decides() -> None:
 )
 def test_any_stream(documents: list[list[int]], share: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripts, "PIECE", 5)
+        patch.setattr(invented_scripts, "PIECE", 5)
         pieces = added(share, whole=dataset_of(documents))
     assert len(pieces) == round(share * sum(map(len, documents)) / 5)
     for piece in pieces:
@@ -94,16 +94,16 @@ def test_where_there_are_none(reason: str, tmp_path: Path, monkeypatch: pytest.M
     if reason == "no share":
         share = 0.0
     elif reason == "long":
-        monkeypatch.setattr(scripts, "MOST_TOKENS", len(WHOLE.train) - 1)
+        monkeypatch.setattr(invented_scripts, "MOST_TOKENS", len(WHOLE.train) - 1)
     else:
         write_jsonl(tmp_path / "text.jsonl", TEXTS)
         data = DataConfig(data=str(tmp_path / "text.jsonl"), tokenizer="word", vocab_size=50)
         dataset = prepare(data, progress=False)
         assert len(dataset.train) > 3 * PIECE
-    assert with_scripts(dataset, share, 0) is dataset
+    assert with_invented_scripts(dataset, share, 0) is dataset
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_the_share_is_a_share(share: float) -> None:
     with pytest.raises(InputError, match="it is a share, between 0 and 1"):
-        TrainConfig(scripts=share)
+        TrainConfig(invented_scripts=share)

@@ -23,7 +23,7 @@ PIECE = 512  # tokens in one script
 MOST_TOKENS = 200_000_000
 
 
-def with_scripts(dataset: Dataset, share: float, seed: int) -> Dataset:
+def with_invented_scripts(dataset: Dataset, share: float, seed: int) -> Dataset:
     """``dataset`` whose training split is longer by ``share``: parts of it in invented scripts.
 
     Word-level vocabularies have no letters, and their data stay as they are.
