@@ -12,7 +12,10 @@ texts; 1000 goes on to a gigabyte. ``TINYLM_BENCH_RANKS`` is a folder with the r
 ``cl100k_base.tiktoken`` and ``o200k_base.tiktoken``, which cannot be had without a download.
 """
 
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -175,6 +178,45 @@ def test_size(measure, name, megabytes, as_one, texts):
 @pytest.mark.benchmark(group="bpe document length")
 def test_document_length(measure, name, characters, texts):
     measure(name, of_length(of_size(texts, 10), characters), characters=characters)
+
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from bpe_sides import SIDES, Vocabulary
+name, folder, texts = sys.argv[1], Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_bytes())
+side = SIDES[name](Vocabulary("gpt2", folder / "tokenizer.json", folder / "ranks.tiktoken"))
+texts = [text.encode() for text in texts] if getattr(side, "from_bytes", False) else texts
+side.encode(texts[:1])  # imports what it needs
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before = memory("VmRSS")
+encoded = side.encode(texts)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", of_json)
+@pytest.mark.benchmark(group="bpe memory")
+def test_memory(benchmark, name, texts, vocabulary, tmp_path):
+    """What encoding takes at its peak beyond the texts, what it returns among it."""
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(texts))
+    folder = Path(__file__).parent
+    paths = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
+
+    def run():
+        command = [sys.executable, "-c", PEAK, name, str(vocabulary().json.parent), str(file)]
+        environment = os.environ | {"PYTHONPATH": paths}
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        )
+        return float(done.stdout)
+
+    peak = benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info.update(side=name, threads=THREADS, peak_mib=round(peak, 1))
 
 
 @pytest.mark.parametrize("name", [n for n in of_json if "bytes" not in n])
