@@ -92,7 +92,9 @@ def cases() -> Iterator[tuple[str, Any, bool]]:
     """Name, operator with its inputs, and whether the gradients are taken too."""
     yield "whole head", attention(31, 31, (1, 1), 32), True
     yield "whole head, documents", attention(20, 20, (2, 1), 32, [0] * 7 + [7] * 13), True
+    yield "whole head, grouped", attention(40, 40, (2, 1), 32), True
     yield "tiles", attention(70, 70, (1, 1), 32), True
+    yield "tiles, grouped", attention(33, 33, (2, 1), 64), True
     yield "tiles, documents", attention(100, 100, (1, 1), 32, [0] * 66 + [66] * 34), True
     yield "head dimension 64", attention(70, 70, (1, 1), 64), False
     yield "decoding", attention(1, 50, (2, 1), 32), False
