@@ -347,7 +347,8 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, kind: str) -> None:
     body = " ".join(text for text in some_texts(200) if text.isprintable())
     peaks = []
-    for megabytes in (12, 72):
+    # The smaller one is already larger than all batches and caches, which take what they may.
+    for megabytes in (72, 216):
         path = tmp_path / f"{megabytes}.jsonl"
         documents = megabytes * 1_000_000 // (20 * len(body.encode()))
         path.write_text(
