@@ -68,13 +68,16 @@ def whole_head_tile(dtype: torch.dtype, length: int, head_dim: int, group: int =
 
 
 def backward_tiles(
-    capability: tuple[int, int], dtype: torch.dtype, head_dim: int
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, crowded: bool
 ) -> tuple[Tile, Tile]:
-    """Queries × keys of the kernel that sums over keys, and of the one that sums over queries."""
+    """Queries × keys of the kernel that sums over keys, and of the one that sums over queries.
+
+    The latter is ``crowded`` where it has documents and a group of query heads to keep track of.
+    """
     if dtype == torch.float32:
         return Tile(32, 32, warps=8), Tile(32, 32, warps=8)
     stages = 2 if capability >= (8, 0) else 1
-    keys = 64 if head_dim <= 64 else 32
+    keys = 64 if head_dim <= (32 if crowded else 64) else 32
     return Tile(64, 32, warps=4, stages=stages), Tile(32, keys, warps=4, stages=stages)
 
 
@@ -99,7 +102,7 @@ def attention_forward(
             *_strides(*inputs),
             CAUSAL=causal, D=D, BLOCK_D=power_of_two(D),
             BLOCK_T=tile.rows, BLOCK_S=tile.columns, **tile.launch,
-            maxnreg=MOST_REGISTERS if D > 64 else None,
+            maxnreg=MOST_REGISTERS if D > 64 or (start_BT is not None and D > 16) else None,
         )  # fmt: skip
     return out_BTHD, lse_BHT
 
@@ -118,31 +121,33 @@ def attention_backward(
     inputs = q_BHTD, k_BHSD, v_BHSD, start_BT
     strides = *_strides(*inputs), *dout_BTHD.stride()[:3]
     whole = whole_head_tile(q_BHTD.dtype, S, D, H // H_kv)
-    by_query, by_key = backward_tiles(capability(q_BHTD), q_BHTD.dtype, D)
+    grouped, documents = H_kv < H, start_BT is not None
+    by_query, by_key = backward_tiles(
+        capability(q_BHTD), q_BHTD.dtype, D, crowded=grouped and documents
+    )
+    # Elsewhere one program more on a processor is worth having.
+    registers = registers_by_key = MOST_REGISTERS if q_BHTD.dtype == torch.float32 else None
+    if documents and D > 32 and (grouped or not causal):
+        registers_by_key = MOST_REGISTERS
     with on_device(q_BHTD):
         if whole is not None:
             tinylm_attention_backward[(B * H_kv,)](
                 *inputs, out_BTHD, dout_BTHD, lse_BHT, dq, dk, dv, scale, H_kv, H // H_kv, T, S,
-                *strides, **shape, BLOCK=whole.rows, **whole.launch,
+                *strides, **shape, BLOCK=whole.rows, **whole.launch, maxnreg=registers,
             )  # fmt: skip
             return dq, dk, dv
         delta_BHT = torch.empty_like(lse_BHT)
         tinylm_attention_backward_dq[(B * H, triton.cdiv(T, by_query.rows))](
             *inputs, out_BTHD, dout_BTHD, lse_BHT, delta_BHT, dq, scale, H, H // H_kv, T, S,
             *strides, **shape, BLOCK_T=by_query.rows, BLOCK_S=by_query.columns, **by_query.launch,
+            maxnreg=registers,
         )  # fmt: skip
         tinylm_attention_backward_dkdv[(B * H_kv, triton.cdiv(S, by_key.columns))](
             *inputs, dout_BTHD, lse_BHT, delta_BHT, dk, dv, scale, H_kv, H // H_kv, T, S,
             *strides, **shape, BLOCK_T=by_key.rows, BLOCK_S=by_key.columns, **by_key.launch,
-            maxnreg=MOST_REGISTERS if _dkdv_would_spill(q_BHTD, start_BT, causal) else None,
+            maxnreg=registers_by_key,
         )  # fmt: skip
     return dq, dk, dv
-
-
-def _dkdv_would_spill(q_BHTD: Tensor, start_BT: Tensor | None, causal: bool) -> bool:
-    """Elsewhere one program more on a processor is worth having."""
-    masked = start_BT is not None and not causal
-    return q_BHTD.dtype == torch.float32 or (masked and q_BHTD.shape[3] > 64)
 
 
 def _strides(

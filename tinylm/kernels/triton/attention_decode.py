@@ -164,7 +164,7 @@ def forward(
         scale * LOG2E.value, H_kv, H // H_kv, T, S, chunk, *strides,
         CAUSAL=causal, SPLIT=parts > 1, D=D, BLOCK_D=power_of_two(D),
         BLOCK_R=tile.rows, BLOCK_S=tile.columns, **tile.launch,
-        maxnreg=MOST_REGISTERS if q_BHTD.dtype == torch.float32 else None,
+        maxnreg=MOST_REGISTERS if q_BHTD.dtype == torch.float32 or D <= 16 else None,
     )  # fmt: skip
     if parts > 1:
         rows = max(1, 256 // power_of_two(D))

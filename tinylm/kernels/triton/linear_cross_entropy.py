@@ -134,6 +134,8 @@ def tinylm_linear_cross_entropy_dweight(
         lse = tl.load(LSE + row, mask=row < rows, other=0.0)
         g = tl.load(G + row, mask=row < rows, other=0.0)
         g = tl.where(target == ignore_index, 0.0, g)
+        # 32 bits, since it lives through the product, where registers are scarce.
+        own = tl.where((target >= 0) & (target < vocabulary), target, -1).to(tl.int32)
         z = tl.dot(weight, tl.trans(h), input_precision="ieee")
         if BIAS is not None:
             z += bias[:, None]
@@ -142,7 +144,7 @@ def tinylm_linear_cross_entropy_dweight(
             z = bounded * softcap
         p = tl.exp2(tl.where((row < rows)[None, :], z * LOG2E - lse[None, :], MASKED))
         p *= (1.0 + lse * LN2 * (2.0 * z_loss))[None, :]
-        p = tl.where(token[:, None] == target[None, :], p - 1.0, p) * g[None, :]
+        p = tl.where(token[:, None] == own[None, :], p - 1.0, p) * g[None, :]
         if CAPPED:
             p *= 1.0 - bounded * bounded
         dweight = tl.dot(p.to(h.dtype), h, dweight, input_precision="ieee")
@@ -164,7 +166,7 @@ def tile_for(capability: tuple[int, int], dtype: torch.dtype, width: int) -> Til
         return Tile(32, 32, warps=8)
     modern = capability >= (8, 0)
     if width <= 128:
-        return Tile(64, 32, warps=8, stages=2 if modern else 1)
+        return Tile(64, 32, warps=8 if width > 64 else 4, stages=2 if modern else 1)
     return Tile(32, 64, warps=8, stages=2) if modern else Tile(32, 32, warps=8)
 
 
@@ -184,7 +186,7 @@ def linear_cross_entropy_forward(
             loss_N, lse_N, dh_NC if need_dh else None, N, weight_VC.shape[0], ignore_index,
             softcap or 1.0, z_loss, CAPPED=softcap is not None,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.rows, BLOCK_V=tile.columns, **tile.launch,
-            maxnreg=MOST_REGISTERS if C > 128 else None,
+            maxnreg=None if 64 < C <= 128 else MOST_REGISTERS,
         )  # fmt: skip
     return loss_N, lse_N, dh_NC
 
@@ -207,7 +209,7 @@ def linear_cross_entropy_backward_weight(
             dloss_N / scale, dweight_VC, None if bias_V is None else dbias_V, scale,
             N, V, ignore_index, softcap or 1.0, z_loss, CAPPED=softcap is not None,
             C=C, BLOCK_C=power_of_two(C), BLOCK_N=tile.columns, BLOCK_V=tile.rows, **tile.launch,
-            maxnreg=MOST_REGISTERS if C <= 16 else None,
+            maxnreg=MOST_REGISTERS if C <= 64 or dtype == torch.float32 else None,
         )  # fmt: skip
     return dweight_VC, dbias_V
 
