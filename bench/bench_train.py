@@ -34,6 +34,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from tinylm.config import TrainConfig
+from tinylm.data.tokens import Dataset, TokenFile
 from tinylm.device import choose_device
 from tinylm.kernels import dispatch, prepare
 from tinylm.model import Transformer
@@ -95,10 +96,10 @@ class Ours:
         self.kernels = kernels
         self.select()
         device = choose_device(config.device, config.precision)
-        split = SimpleNamespace(ids=tokens, documents=1)
-        tokenizer = SimpleNamespace(kind="word")
-        dataset = SimpleNamespace(train=split, valid=split, tokenizer=tokenizer)
         folder = Path(tempfile.mkdtemp())
+        split = TokenFile(tokens, np.array([0, len(tokens)]))
+        tokenizer = SimpleNamespace(kind="word")  # all that a trainer asks of it
+        dataset = Dataset(folder, {}, tokenizer, {"train": split, "valid": split})
         self.trainer = Trainer(config, dataset, folder, device, TrainingProgress(quiet=True))
 
     def select(self):

@@ -99,7 +99,9 @@ def plot_loss(metrics: MetricsFile, path: str | os.PathLike[str], title: str) ->
             )
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     _leave_out_the_fall(axes, shown)
-    _save(figure, axes, path)
+    if shown:
+        axes.legend()
+    _save(figure, path)
 
 
 def plot_runs(
@@ -134,7 +136,8 @@ def plot_runs(
         axes.axhline(loss, linestyle=":", color=grey, label=text)
         shown.append((end, loss))
     _leave_out_the_fall(axes, shown)
-    _save(figure, axes, path)
+    figure.legend(loc="outside lower center", ncols=3)  # so many curves leave no room inside
+    _save(figure, path)
 
 
 def _points(records: list[Record], x: str, y: str) -> list[tuple[float, float]]:
@@ -167,9 +170,7 @@ def _axes(x: str, y: str, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: str | os.PathLike[str]) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend()
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
 
