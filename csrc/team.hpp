@@ -3,6 +3,7 @@
 // would have to share cores with torch's, which spin for a while after their own work.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "threads.hpp"
@@ -42,6 +43,17 @@ void run_parts(int parts, Function&& function) {
   }
   parallel_for(static_cast<std::size_t>(parts), parts,
                [&](std::size_t part, int) { function(static_cast<int>(part)); });
+}
+
+// Calls function(item) for every item in [0, items), on up to `threads` threads, which take the next
+// one as they come free.
+template <class Function>
+void share_items(std::size_t items, int threads, Function&& function) {
+  std::atomic<std::size_t> next{0};
+  const auto most = static_cast<std::size_t>(std::max(threads, 1));
+  run_parts(static_cast<int>(std::min(items, most)), [&](int) {
+    for (std::size_t item; (item = next.fetch_add(1)) < items;) function(item);
+  });
 }
 
 }  // namespace tinylm

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tinylm.config import TrainConfig
+from tinylm.kernels.muon import orthogonalise
 from tinylm.model import Transformer
-from tinylm.optim import Muon, Optimizer, lr_factor, orthogonalise
+from tinylm.optim import Muon, Optimizer, lr_factor
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (2, 20, 8), (1, 1, 5)])

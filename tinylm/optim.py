@@ -6,7 +6,6 @@ as fast as frequent ones. Embeddings, norms and biases are not maps between hidd
 stay with AdamW (Loshchilov and Hutter 2019).
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,25 +13,8 @@ import torch
 from torch import Tensor
 
 from tinylm.config import TrainConfig
+from tinylm.kernels.muon import Matrix, MuonOptions, muon_step
 from tinylm.model import Transformer
-
-# The quintic of Jordan et al. 2024: its slope at zero is steep, so five steps suffice; it does
-# not converge to exactly one but into about 0.7 … 1.2, which trains as well.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
-
-
-def orthogonalise(g_KMN: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """For each of K matrices ``U S Vᵀ`` roughly ``U Vᵀ``, by Newton–Schulz iteration."""
-    a, b, c = NEWTON_SCHULZ
-    tall = g_KMN.shape[-2] > g_KMN.shape[-1]
-    x = g_KMN.mT if tall else g_KMN
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).contiguous()
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(g_KMN.dtype)
-
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; the step's size is ``lr * sqrt(max(1, M / N))``.
@@ -68,42 +50,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
-            of_shape: dict[torch.Size, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    of_shape.setdefault(parameter.shape, []).append(parameter)
-            for parameters in of_shape.values():
-                self._step_together(parameters, group)
+            matrices = [
+                Matrix(parameter, parameter.grad, self._momentum(parameter), group["stacked"])
+                for parameter in group["params"]
+                if parameter.grad is not None
+            ]
+            options = group["lr"], group["momentum"], group["weight_decay"]
+            muon_step(matrices, MuonOptions(*options, self._dtype, self.found_inf))
 
-    def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """A step of parameters of equal shape, which are orthogonalised together."""
-        shape, lr = parameters[0].shape, group["lr"]
-        if self.found_inf is not None:
-            lr = lr * (1 - self.found_inf)
-        ahead = self._ahead(parameters, group["momentum"])
-        g_KMN = torch.stack(ahead).view(len(ahead) * group["stacked"], -1, shape[1])
-        updates = orthogonalise(g_KMN, self._dtype).reshape(-1, *shape)
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        size = lr * math.sqrt(max(1.0, g_KMN.shape[1] / shape[1]))
-        if isinstance(size, Tensor):
-            torch._foreach_sub_(parameters, (updates * size).unbind())
-        else:
-            torch._foreach_add_(parameters, updates.unbind(), alpha=-size)
-
-    def _ahead(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
-        """The gradients with Nesterov momentum."""
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-        gradients: list[Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
-        if self.found_inf is not None:  # then a momentum draws near to itself, and stays
-            bad = self.found_inf > 0
-            pairs = zip(momenta, gradients, strict=True)
-            gradients = [torch.where(bad, m, g) for m, g in pairs]
-        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        return list(torch._foreach_lerp(gradients, momenta, momentum))
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        if not self.state[parameter]:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momentum: Tensor = self.state[parameter]["momentum"]
+        return momentum
 
 
 class Optimizer:

@@ -6,9 +6,12 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "bindings.hpp"
+#include "cross_entropy.hpp"
 #include "memory.hpp"
 #include "team.hpp"
 
@@ -22,6 +25,12 @@ using Address = std::uintptr_t;
 template <class T>
 T* memory(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+std::optional<std::string> faster_than_own_products() {
+  if (has_matrix_unit()) return "the processor multiplies bf16 in AMX, which torch uses";
+  if (multiplies_bf16(training_kernels())) return std::nullopt;
+  return "the processor has no products of bf16";
 }
 
 // What a thread has to do, in operations on one number each, to be worth waking.
@@ -170,6 +179,46 @@ void attention_backward(const Sizes& shape, float scale, const Vectors& q, const
              });
 }
 
+// (rows, width, vocabulary); (bias, row_weights, dbias) may be 0.
+bool head_cross_entropy(const std::array<std::size_t, 3>& sizes, Address h, Address weight,
+                        Address bias, Address targets, Address row_weights, std::int64_t ignored,
+                        float z_loss, Address loss, Address dh, Address dweight, Address dbias,
+                        int threads) {
+  const CrossEntropy call{sizes[0],
+                          sizes[1],
+                          sizes[2],
+                          memory<const Bf16>(h),
+                          memory<const float>(weight),
+                          memory<const float>(bias),
+                          memory<const std::int64_t>(targets),
+                          memory<const float>(row_weights),
+                          ignored,
+                          z_loss,
+                          memory<float>(loss),
+                          memory<float>(dh),
+                          memory<float>(dweight),
+                          memory<float>(dbias)};
+  const py::gil_scoped_release release;
+  if (!targets_are_known(call)) throw py::index_error("a target is outside the vocabulary");
+  return cross_entropy(call, std::max(threads, 1));
+}
+
+// (weight, gradient, momentum, rows, columns)
+using Matrix = std::tuple<Address, Address, Address, std::size_t, std::size_t>;
+
+void muon(const std::vector<Matrix>& matrices, float lr, float momentum, float weight_decay,
+          const std::array<float, 3>& coefficients, int iterations, int threads) {
+  const MuonOptions options{
+      lr, momentum, weight_decay, {coefficients[0], coefficients[1], coefficients[2]}, iterations};
+  const py::gil_scoped_release release;
+  share_items(matrices.size(), threads, [&](std::size_t item) {
+    const auto& [weight, gradient, average, rows, columns] = matrices[item];
+    training_kernels().muon_step({memory<float>(weight), memory<const float>(gradient),
+                                  memory<float>(average), rows, columns},
+                                 options);
+  });
+}
+
 template <class T>
 void bind_rows(py::module_& m, const std::string& dtype) {
   const auto name = [&](const char* kernel) { return kernel + ("_" + dtype); };
@@ -187,8 +236,12 @@ void bind_training(py::module_& m) {
   bind_rows<Bf16>(m, "bf16");
   m.def("keep_freed_memory", &keep_freed_memory, py::arg("keep"),
         "Whether malloc keeps what is freed for what comes next; False if that cannot be set.");
+  m.def("faster_than_own_products", &faster_than_own_products,
+        "What multiplies matrices of bf16 faster than the kernels here, in words; None if nothing.");
   m.def("attention", &attention);
   m.def("attention_backward", &attention_backward);
+  m.def("head_cross_entropy", &head_cross_entropy);
+  m.def("muon", &muon);
 }
 
 }  // namespace tinylm

@@ -78,15 +78,78 @@ struct AttentionKernels {
                    HeadVectors<Bf16> dv, std::size_t begin, std::size_t end);
 };
 
+// A model's head, with the exponentials of its logits: all of a chunk of rows of hidden states with
+// a range of tokens [begin, end). Logits are products of bf16, with sums in fp32. How matrices are
+// laid out: training_products.hpp. `rows`, padded with zeros, and `width` are multiples of
+// kHeadStep, `begin` as well, and memory of tokens goes up to the next one from `end`.
+struct HeadShape {
+  std::size_t rows, width, vocabulary;
+};
+
+constexpr std::size_t kHeadStep = 32;
+
+struct HeadKernels {
+  // The weights of tokens [begin, end), rounded to bf16, as words [token][width / 2] and interleaved
+  // [token / 2][width], zeros beyond the vocabulary.
+  void (*pack_weight)(const HeadShape& shape, const float* weight, std::size_t begin,
+                      std::size_t end, std::uint32_t* words, std::uint32_t* pairs);
+  // `count` rows as panels of transposed words, zeros beyond them.
+  void (*pack_rows)(const HeadShape& shape, const Bf16* h, std::size_t count, std::uint32_t* panels);
+  // The same rows, times their factors, as panels of interleaved words.
+  void (*pack_scaled)(const HeadShape& shape, const Bf16* h, const float* factors,
+                      std::size_t count, std::uint32_t* panels);
+  // With z = weight h + bias (if any): exponentials[token][row] = exp(z), sum[row] of them over
+  // these tokens, before they are rounded, and the panels dh[row / 32][width][row % 32] of the sums
+  // of exp(z) weight[token].
+  void (*forward)(const HeadShape& shape, const std::uint32_t* words, const std::uint32_t* pairs,
+                  const float* bias, const std::uint32_t* h_panels, std::size_t begin,
+                  std::size_t end, Bf16* exponentials, float* sum, float* dh);
+  // The logits of the rows' own targets.
+  void (*target_logits)(const HeadShape& shape, const std::uint32_t* words, const float* bias,
+                        const Bf16* h, const std::int64_t* targets, std::size_t count,
+                        float* logits);
+  // dweight[token] (+)= the sum over rows of exponentials · scaled h.
+  void (*weight_gradient)(const HeadShape& shape, const Bf16* exponentials,
+                          const std::uint32_t* scaled_panels, std::size_t begin, std::size_t end,
+                          bool accumulate, float* dweight);
+  // dbias[token] += the sum over rows of exponentials · factor.
+  void (*bias_gradient)(const HeadShape& shape, const Bf16* exponentials, const float* factors,
+                        std::size_t begin, std::size_t end, float* dbias);
+};
+
+struct MuonOptions {
+  float lr, momentum, weight_decay;
+  float coefficients[3];  // of the iterations by which a matrix becomes orthogonal
+  int iterations;
+};
+
+// A weight matrix, its gradient, and the moving average of that; both sizes are multiples of
+// kMuonStep.
+struct MuonMatrix {
+  float* weight;
+  const float* gradient;
+  float* momentum;
+  std::size_t rows, columns;
+};
+
+constexpr std::size_t kMuonStep = 32;
+
 struct TrainingKernels {
   RowKernels<float> fp32;
   RowKernels<Bf16> bf16;
   AttentionKernels attention;
+  HeadKernels head;
+  void (*muon_step)(const MuonMatrix& matrix, const MuonOptions& options);
 };
 
 extern const TrainingKernels kTrainingKernelsPortable, kTrainingKernelsAvx2, kTrainingKernelsAvx512;
 
 // Those of instruction_set(), of AVX-512 only where it has products of bf16.
 const TrainingKernels& training_kernels();
+
+// Whether these multiply bf16 by instructions of the processor; whether that has a unit for whole
+// matrices of bf16 besides (AMX), which these do not use.
+bool multiplies_bf16(const TrainingKernels& kernels);
+bool has_matrix_unit();
 
 }  // namespace tinylm

@@ -1,77 +1,8 @@
 // Causal attention by blocks of queries (Dao et al. 2022), for the `Floats` and `Pairs` of the
-// variant that includes this; see training.hpp and training_rows.hpp. Scores are never in memory
-// beyond one block of queries; backward computes them again.
-//
-// All products multiply words of two bf16 that are neighbours along the dimension summed over: one
-// such word of the left factor, in every lane, with a vector of them of the right. So each matrix
-// is laid out once for each dimension that is summed over:
-//   words       [row][pair of numbers]           as it is
-//   transposed  [pair of numbers][row]           to sum over its numbers, as the right factor
-//   interleaved [pair of rows][number]           to sum over its rows
+// variant that includes this; see training.hpp and training_products.hpp. Scores are never in memory
+// beyond one block of queries (kBlock of them); backward computes them again.
 
-using Word = std::uint32_t;
-
-// Queries taken together, and what lengths are rounded up to: a multiple of two vectors.
-constexpr std::size_t kBlock = 32;
-constexpr std::size_t kTileColumns = 2 * kWidth;
-static_assert(kBlock % kTileColumns == 0 && kAttentionWidthStep % kTileColumns == 0);
-static_assert(kBlock % kTileRows == 0);
-
-// The left factor: word (row, step) is data[row * row_stride + step * step_stride].
-struct Left {
-  const Word* data;
-  std::size_t row_stride, step_stride;
-};
-
-// The right factor: a vector of words (step, column) begins at data[step * stride + column].
-struct Right {
-  const Word* data;
-  std::size_t stride;
-};
-
-struct Numbers {
-  float* data;
-  std::size_t stride;
-};
-
-// out (+)= left right, kTileRows × kTileColumns of it.
-template <bool accumulate>
-TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t steps, Numbers out) {
-  Floats sums[kTileRows][2];
-  for (std::size_t row = 0; row < kTileRows; ++row) {
-    for (std::size_t i = 0; i < 2; ++i) {
-      sums[row][i] =
-          accumulate ? load(out.data + row * out.stride + i * kWidth) : Floats::all(0.0f);
-    }
-  }
-  for (std::size_t step = 0; step < steps; ++step) {
-    const Word* const r = right.data + step * right.stride;
-    const Pairs b[2] = {load_pairs(r), load_pairs(r + kWidth)};
-    const Word* l = left.data + step * left.step_stride;
-    for (std::size_t row = 0; row < kTileRows; ++row, l += left.row_stride) {
-      const Pairs a = all_pairs(*l);
-      for (std::size_t i = 0; i < 2; ++i) sums[row][i] = add_products(sums[row][i], a, b[i]);
-    }
-  }
-  for (std::size_t row = 0; row < kTileRows; ++row) {
-    for (std::size_t i = 0; i < 2; ++i) {
-      store(out.data + row * out.stride + i * kWidth, sums[row][i]);
-    }
-  }
-}
-
-template <bool accumulate>
-TINYLM_VARIANT void multiply(Left left, Right right, std::size_t steps, Numbers out,
-                             std::size_t rows, std::size_t columns) {
-  for (std::size_t column = 0; column < columns; column += kTileColumns) {
-    for (std::size_t row = 0; row < rows; row += kTileRows) {
-      multiply_tile<accumulate>(
-          {left.data + row * left.row_stride, left.row_stride, left.step_stride},
-          {right.data + column, right.stride}, steps,
-          {out.data + row * out.stride + column, out.stride});
-    }
-  }
-}
+static_assert(kAttentionWidthStep % kTileColumns == 0);
 
 // One head's vectors, in rows of `width` numbers, zeros beyond the last.
 TINYLM_VARIANT inline void copy_words(const Bf16* from, std::size_t stride, std::size_t length,
@@ -104,24 +35,6 @@ TINYLM_VARIANT inline void interleave(const Word* words, std::size_t padded, std
     }
   }
 }
-
-// Memory on whole cache lines, given out piece by piece.
-class Scratch {
- public:
-  explicit Scratch(std::size_t words) : memory_(new Word[words + kLine]), next_(memory_.get()) {
-    const auto address = reinterpret_cast<std::uintptr_t>(next_);
-    next_ += (kLine - address / sizeof(Word) % kLine) % kLine;
-  }
-  Word* words(std::size_t count) { return std::exchange(next_, next_ + count); }
-  float* numbers(std::size_t count) { return reinterpret_cast<float*>(words(count)); }
-
- private:
-  static constexpr std::size_t kLine = 64 / sizeof(Word);
-  std::unique_ptr<Word[]> memory_;
-  Word* next_;
-};
-
-inline std::size_t round_up(std::size_t length) { return (length + kBlock - 1) / kBlock * kBlock; }
 
 // exp((s - top) scale) of the first `seen` scores, 0 beyond them, as bf16; returns their sum.
 struct Softmax {

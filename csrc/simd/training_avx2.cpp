@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -127,14 +128,18 @@ TINYLM_VARIANT inline Pairs pairs_of(Floats low, Floats high) {
   return pairs_of(rounded(low), rounded(high));
 }
 
+// clang-format off: each uses those before it.
 #include "simd/training_rows.hpp"
-// After it, for it uses exp.
+#include "simd/training_products.hpp"
 #include "simd/training_attention.hpp"
+#include "simd/training_head.hpp"
+#include "simd/training_muon.hpp"
+// clang-format on
 
 }  // namespace
 
 const TrainingKernels kTrainingKernelsAvx2 = {row_kernels<float>(), row_kernels<Bf16>(),
-                                              attention_kernels()};
+                                              attention_kernels(), head_kernels(), &muon_step};
 
 }  // namespace tinylm
 #endif

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -6,6 +7,10 @@
 
 #include "simd/instruction_set.hpp"
 #include "simd/training.hpp"
+
+#if TINYLM_X86_VARIANTS
+#include <cpuid.h>
+#endif
 
 #define TINYLM_VARIANT
 
@@ -146,14 +151,18 @@ Pairs pairs_of(Floats low, Floats high) {
   return pairs_of(numbers[0], numbers[1]);
 }
 
+// clang-format off: each uses those before it.
 #include "simd/training_rows.hpp"
-// After it, for it uses exp.
+#include "simd/training_products.hpp"
 #include "simd/training_attention.hpp"
+#include "simd/training_head.hpp"
+#include "simd/training_muon.hpp"
+// clang-format on
 
 }  // namespace
 
 const TrainingKernels kTrainingKernelsPortable = {row_kernels<float>(), row_kernels<Bf16>(),
-                                                  attention_kernels()};
+                                                  attention_kernels(), head_kernels(), &muon_step};
 
 const TrainingKernels& training_kernels() {
 #if TINYLM_X86_VARIANTS
@@ -164,6 +173,24 @@ const TrainingKernels& training_kernels() {
   if (set != InstructionSet::kPortable && has_fma) return kTrainingKernelsAvx2;
 #endif
   return kTrainingKernelsPortable;
+}
+
+bool multiplies_bf16(const TrainingKernels& kernels) {
+#if TINYLM_X86_VARIANTS
+  return &kernels == &kTrainingKernelsAvx512;
+#else
+  return false;
+#endif
+}
+
+bool has_matrix_unit() {
+#if TINYLM_X86_VARIANTS
+  // AMX-BF16 is bit 22 of EDX in leaf 7; not every compiler knows it by name.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace tinylm

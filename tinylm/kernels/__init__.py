@@ -13,6 +13,7 @@ from tinylm.kernels.attention import causal_attention, document_starts
 from tinylm.kernels.dispatch import Selection, fingerprint, selections
 from tinylm.kernels.first_check import prepare
 from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
+from tinylm.kernels.muon import muon_step
 from tinylm.kernels.norm import layer_norm, rms_norm
 from tinylm.kernels.rotary import apply_rotary, norm_rotary, rotary_tables
 from tinylm.kernels.swiglu import swiglu
@@ -25,6 +26,7 @@ __all__ = [
     "fingerprint",
     "layer_norm",
     "linear_cross_entropy",
+    "muon_step",
     "norm_rotary",
     "prepare",
     "rms_norm",

@@ -28,6 +28,7 @@ from tinylm.device import choose_device
 from tinylm.kernels import dispatch
 from tinylm.kernels.attention import call_kind as attention_kind
 from tinylm.kernels.linear_cross_entropy import call_kind as cross_entropy_kind
+from tinylm.kernels.muon import Matrix, MuonOptions
 from tinylm.kernels.norm import call_kind as norm_kind
 from tinylm.kernels.table import Result
 
@@ -174,6 +175,7 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
     shapes = (2, T, 3, D), (3, D)
     yield Case("norm_rotary", f"T {T}, D {D}", shapes, partial(_norm_rotary, T, D), parameters=1)
     yield Case("swiglu", f"N {few}, F {3 * C}", ((few, 6 * C),), _swiglu)
+    yield Case("muon", "3 of 128 x 128", ((384, 128),) * 3, _muon, gradients=False, parameters=3)
 
 
 def training_cases() -> list[Case]:
@@ -253,6 +255,14 @@ def _cross_entropy(backend: str, h: Tensor, weight: Tensor, **terms: Any) -> Ten
     return kernels.linear_cross_entropy(
         h, weight, targets, reduction="sum", backend=backend, **terms
     )
+
+
+def _muon(backend: str, weight: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
+    """The change of a weight, in products of bf16, or fp64."""
+    weight, momentum = torch.zeros_like(weight), momentum.clone()
+    options = MuonOptions(lr=1.0, dtype=torch.bfloat16)
+    kernels.muon_step([Matrix(weight, gradient, momentum, 3)], options, backend=backend)
+    return weight
 
 
 def _rotary(T: int, D: int, backend: str, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ Here is checked what C++ only gets as addresses. Variants for AVX-512 with bf16,
 any processor are chosen when they are called.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from torch import Tensor
 from tinylm import _C
 from tinylm.errors import InputError
 from tinylm.kernels.dispatch import dtype_name
+
+if TYPE_CHECKING:
+    from tinylm.kernels.muon import Matrix, MuonOptions
+
+# Both sizes of a matrix that is multiplied whole come in blocks of so many.
+MATRIX_STEP = 32
 
 # What is summed over a vector's words of two bf16 comes in vectors of the processor's.
 HEAD_DIM_STEP = 32
@@ -23,6 +30,12 @@ def refusal(x: Tensor) -> str | None:
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
         return f"of {dtype_name(x.dtype)} on {x.device.type}; it takes bf16 and fp32 on a CPU"
     return None if x.numel() else "of nothing"
+
+
+def products_refusal() -> str | None:
+    """Why torch multiplies matrices of bf16 faster here; None if it does not."""
+    faster: str | None = _C.faster_than_own_products()
+    return faster
 
 
 def _require(holds: bool, what: str, *tensors: Tensor) -> None:
@@ -52,6 +65,78 @@ def exponentials_(x_RV: Tensor) -> tuple[Tensor, Tensor]:
 def _(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     top_R, sum_R = (x_RV.new_empty(len(x_RV), dtype=torch.float32) for _ in range(2))
     return top_R, sum_R
+
+
+@torch.library.custom_op("tinylm::head_cross_entropy", mutates_args=(), device_types="cpu")
+def head_cross_entropy(
+    h_NC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    row_weights_N: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The cross-entropy of bf16 rows, and its gradients, without logits in memory.
+
+    Returns:
+        loss_N; dh_NC, dweight_VC and dbias_V of the sum of losses by ``row_weights_N``; and whether
+        they are right: not where sums of exponentials of logits leave 1e-20 … 1e20. All fp32.
+
+    Raises:
+        IndexError: a target is neither ``ignore_index`` nor a token.
+    """
+    (N, C), V = h_NC.shape, len(weight_VC)
+    own = C % MATRIX_STEP == 0 and weight_VC.shape == (V, C) and V > 0
+    own = own and h_NC.dtype == torch.bfloat16 and targets_N.shape == (N,)
+    own = own and (bias_V is None or bias_V.shape == (V,))
+    own = own and (row_weights_N is None or row_weights_N.shape == (N,))
+    _require(own and targets_N.dtype == torch.int64, "cross-entropy", h_NC, weight_VC, targets_N)
+    loss_N, *gradients, right = _head_outputs(h_NC, weight_VC, bias_V)
+    inputs = [None if x is None else x.float().contiguous() for x in (weight_VC, bias_V)]
+    weights = None if row_weights_N is None else row_weights_N.float().contiguous()
+    h_NC, targets_N = h_NC.contiguous(), targets_N.contiguous()
+    before = (h_NC, *inputs, targets_N, weights)
+    right.fill_(
+        _kernel("head_cross_entropy")(
+            (N, C, V), *map(_address, before), ignore_index, z_loss,
+            *map(_address, (loss_N, *gradients)), torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    dh_NC, dweight_VC, dbias_V = gradients
+    return loss_N, dh_NC, dweight_VC, dbias_V, right
+
+
+@head_cross_entropy.register_fake
+def _head_cross_entropy_fake(
+    h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _head_outputs(h_NC, weight_VC, bias_V)
+
+
+def _head_outputs(
+    h_NC: Tensor, weight_VC: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (N, C), V = h_NC.shape, len(weight_VC)
+    dbias_V = h_NC.new_empty(0 if bias_V is None else V, dtype=torch.float32)
+    loss_N, dh_NC, dweight_VC = (
+        h_NC.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N, C), (V, C))
+    )
+    return loss_N, dh_NC, dweight_VC, dbias_V, h_NC.new_empty((), dtype=torch.bool)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def head_refusal(h_NC: Tensor, dtype: torch.dtype, weight_VC: Tensor) -> str | None:
+    """Why `head_cross_entropy` does not take products in ``dtype``."""
+    C = h_NC.shape[1]
+    if dtype != torch.bfloat16:
+        return f"of products in {dtype_name(dtype)}; it takes bf16"
+    if C == 0 or C % MATRIX_STEP:
+        return f"of width {C}, which is no multiple of {MATRIX_STEP}"
+    return "of nothing" if h_NC.numel() == 0 else products_refusal()
 
 
 def cross_entropy_refusal(h_NC: Tensor, dtype: torch.dtype, softcap: float | None) -> str | None:
@@ -319,3 +404,44 @@ def _gradients(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, 
 
 def _vectors(x_BHTD: Tensor) -> tuple[int, ...]:
     return x_BHTD.data_ptr(), *x_BHTD.stride()[:3]
+
+
+# --- Muon ----------------------------------------------------------------------------------------
+
+
+def muon_refusal(matrices: Sequence["Matrix"], options: "MuonOptions") -> str | None:
+    """Why `muon` does not take these matrices."""
+    if options.dtype != torch.bfloat16:
+        return f"of products in {dtype_name(options.dtype)}; it takes bf16"
+    if isinstance(options.lr, Tensor) or options.found_inf is not None:
+        return "of steps that are set off without a look"
+    for weight, gradient, momentum, stacked in matrices:
+        rows, columns = weight.shape
+        if rows % (stacked * MATRIX_STEP) or columns % MATRIX_STEP or not weight.numel():
+            shape = f"{stacked} matrices of {rows // stacked} x {columns}"
+            return f"of {shape}; it takes multiples of {MATRIX_STEP}"
+        tensors = weight, gradient, momentum
+        if not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
+            return "of matrices that are not fp32, row after row"
+    return products_refusal()
+
+
+def muon(
+    matrices: Sequence["Matrix"],
+    options: "MuonOptions",
+    coefficients: tuple[float, float, float],
+    iterations: int,
+) -> None:
+    """`tinylm.kernels.muon_step`, without copies; each matrix by one thread."""
+    maps = []
+    for *tensors, stacked in matrices:
+        rows, columns = tensors[0].shape
+        size = rows // stacked
+        addresses = [x.data_ptr() for x in tensors]
+        for start in range(0, rows, size):
+            offset = start * columns * tensors[0].element_size()
+            maps.append((*(address + offset for address in addresses), size, columns))
+    shared = float(options.lr), options.momentum, options.weight_decay, coefficients, iterations
+    _kernel("muon")(maps, *shared, torch.get_num_threads())
+    for weight, _, momentum, _ in matrices:  # as torch counts changes, for autograd to see them
+        torch.autograd.graph.increment_version((weight, momentum))

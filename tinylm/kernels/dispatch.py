@@ -56,13 +56,15 @@ _TORCH: dict[tuple[str, str], tuple[str, str]] = {
     ("rms_norm", "*"): ("torch", "few passes of plain torch, statistics in fp32"),
     ("linear_cross_entropy", "*"): ("chunked", "never holds all logits; least memory traffic"),
     ("norm_rotary", "*"): ("separate", "rms_norm, then rotary"),
+    ("muon", "*"): ("torch", "matrices of equal shape together"),
     ("rotary", "*"): ("torch", "plain torch"),
     ("swiglu", "*"): ("torch", "plain torch"),
 }
 # What the C++ kernels take on a CPU; other calls run as the torch implementation does.
 _COMPILED = {
     "causal_attention": "training in bf16, scores in cache",
-    "linear_cross_entropy": "exponentials and sums in one pass, without softcap",
+    "linear_cross_entropy": "without softcap; in bf16 no logits in memory",
+    "muon": "in bf16, each matrix in cache from gradient to update",
     "norm_rotary": "one pass in bf16 and fp32",
     "swiglu": "one pass in bf16 and fp32",
 }
@@ -76,6 +78,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "layer_norm": ("triton", "torch", "reference"),
     "rms_norm": ("triton", "torch", "reference"),
     "linear_cross_entropy": ("triton", "c++", "chunked", "reference"),
+    "muon": ("c++", "torch"),
     "norm_rotary": ("c++", "separate"),
     "rotary": ("torch",),
     "swiglu": ("c++", "torch"),

@@ -20,6 +20,7 @@ from tinylm.kernels.dispatch import (
     check_devices,
     dtype_name,
     implementation,
+    statistics_dtype,
     torch_instead,
     torch_instead_of_compiled,
     wide,
@@ -100,8 +101,13 @@ def linear_cross_entropy(
     if reduction == "none" or not torch.is_grad_enabled():
         loss = _ChunkedRows.apply(*inputs, terms)  # type: ignore[no-untyped-call]
         return _reduced(loss, targets_N, ignore_index, reduction)
-    loss = _ChunkedSum.apply(*inputs, terms)  # type: ignore[no-untyped-call]
-    return _mean(loss, targets_N, ignore_index) if reduction == "mean" else loss
+    if reduction == "sum" or terms.dtype == torch.float16:  # in which softmax / N would underflow
+        loss = _ChunkedSum.apply(*inputs, None, terms)  # type: ignore[no-untyped-call]
+        return _mean(loss, targets_N, ignore_index) if reduction == "mean" else loss
+    count = (targets_N != ignore_index).sum()
+    share = 1 / count.clamp(min=1).to(statistics_dtype(h_NC))
+    loss = _ChunkedSum.apply(*inputs, share, terms)  # type: ignore[no-untyped-call]
+    return loss.where(count > 0, math.nan)
 
 
 def call_kind(h_NC: Tensor, weight_VC: Tensor) -> str:
@@ -165,9 +171,9 @@ def _reference(
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Loss and gradients in one pass over the chunks; backward only scales what forward found.
+    """``share`` of the sum of losses, and gradients, in one pass over the chunks.
 
-    The mean is a sum divided later: softmax / N would underflow in fp16.
+    Backward only scales what forward found, and not even that where the gradient is 1.
     """
 
     @staticmethod
@@ -177,20 +183,26 @@ class _ChunkedSum(torch.autograd.Function):
         weight_VC: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
+        share: Tensor | None,
         terms: Terms,
     ) -> Tensor:
-        need = ctx.needs_input_grad[:3]
-        loss_N, gradients = _chunked(h_NC, weight_VC, bias_V, targets_N, terms, need)
+        inputs, need = (h_NC, weight_VC, bias_V, targets_N), ctx.needs_input_grad[:3]
+        dloss_N = None if share is None else share.expand(len(h_NC))
+        loss_N, gradients = _whole(*inputs, terms, need, dloss_N) or _chunked(
+            *inputs, terms, need, dloss_N
+        )
         ctx.save_for_backward(*gradients)
-        return loss_N.sum()
+        total = loss_N.sum()
+        return total if share is None else total * share
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            None if g is None else (g * grad_outputs[0]).to(g.dtype) for g in ctx.saved_tensors
-        )
-        return *scaled, None, None
+        scale = grad_outputs[0]
+        if scale.device.type == "cpu" and not torch.compiler.is_compiling() and scale == 1:
+            return *ctx.saved_tensors, None, None, None
+        scaled = (None if g is None else (g * scale).to(g.dtype) for g in ctx.saved_tensors)
+        return *scaled, None, None, None
 
 
 class _ChunkedRows(torch.autograd.Function):
@@ -221,6 +233,32 @@ class _ChunkedRows(torch.autograd.Function):
         inputs = h_NC, weight_VC, bias_V, targets_N
         _, gradients = _chunked(*inputs, ctx.terms, need, dloss_N / scale)
         return *(None if g is None else (g * scale).to(g.dtype) for g in gradients), None, None
+
+
+def _whole(
+    h_NC: Tensor,
+    weight_VC: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    terms: Terms,
+    need: tuple[bool, ...],
+    dloss_N: Tensor | None,
+) -> tuple[Tensor, list[Tensor | None]] | None:
+    """As `_chunked`, all of it in C++; None where that does not take it."""
+    if not terms.compiled or not need[0] or not need[1] or need[2] != (bias_V is not None):
+        return None
+    from tinylm.kernels import compiled
+
+    if compiled.head_refusal(h_NC, terms.dtype, weight_VC) is not None:
+        return None
+    inputs = h_NC.to(terms.dtype), weight_VC, bias_V, targets_N, dloss_N
+    loss_N, *gradients, right = compiled.head_cross_entropy(
+        *inputs, terms.ignore_index, terms.z_loss
+    )
+    if not right:
+        return None
+    dh, dw = (g.to(x.dtype) for g, x in zip(gradients, (h_NC, weight_VC), strict=False))
+    return loss_N, [dh, dw, None if bias_V is None else gradients[2].to(bias_V.dtype)]
 
 
 def _chunked(

@@ -1,0 +1,171 @@
+// A model's head for the `Floats` and `Pairs` of the variant that includes this; see HeadKernels in
+// training.hpp and training_products.hpp. Tokens are the rows of every product and rows of hidden
+// states its columns: so the weights are left factors, which need no panels, and sums over the
+// vocabulary are sums of vectors.
+
+static_assert(kHeadStep == kBlock);
+
+// Tokens whose exponentials go into the gradient of the rows while they are in the first cache.
+constexpr std::size_t kTokens = 128;
+
+TINYLM_VARIANT void pack_weight(const HeadShape& shape, const float* weight, std::size_t begin,
+                                std::size_t end, Word* words, Word* pairs) {
+  const std::size_t width = shape.width;
+  const std::unique_ptr<float[]> zeros(new float[width]());
+  for (std::size_t token = begin; token < round_up(end); token += 2) {
+    const float* rows[2];
+    for (std::size_t i = 0; i < 2; ++i) {
+      rows[i] = token + i < shape.vocabulary ? weight + (token + i) * width : zeros.get();
+      auto* const to = reinterpret_cast<Bf16*>(words + (token + i) * width / 2);
+      for (std::size_t at = 0; at < width; at += kWidth) store(to + at, load(rows[i] + at));
+    }
+    Word* const to = pairs + token / 2 * width;
+    for (std::size_t at = 0; at < width; at += kWidth) {
+      store_pairs(to + at, pairs_of(load(rows[0] + at), load(rows[1] + at)));
+    }
+  }
+}
+
+TINYLM_VARIANT void pack_rows(const HeadShape& shape, const Bf16* h, std::size_t count,
+                              Word* panels) {
+  const std::size_t steps = shape.width / 2;
+  for (std::size_t row = 0; row < shape.rows; ++row) {
+    Word* const to = panels + row / kBlock * steps * kBlock + row % kBlock;
+    for (std::size_t step = 0; step < steps; ++step) {
+      Word word = 0;
+      if (row < count) std::memcpy(&word, h + row * shape.width + 2 * step, sizeof word);
+      to[step * kBlock] = word;
+    }
+  }
+}
+
+TINYLM_VARIANT void pack_scaled(const HeadShape& shape, const Bf16* h, const float* factors,
+                                std::size_t count, Word* panels) {
+  const std::size_t width = shape.width, pairs = shape.rows / 2;
+  const std::unique_ptr<Bf16[]> zeros(new Bf16[width]());
+  const auto row_at = [&](std::size_t row) { return row < count ? h + row * width : zeros.get(); };
+  for (std::size_t pair = 0; pair < pairs; ++pair) {
+    const Bf16 *const low = row_at(2 * pair), *const high = row_at(2 * pair + 1);
+    const Floats of_low = Floats::all(factors[2 * pair]),
+                 of_high = Floats::all(factors[2 * pair + 1]);
+    for (std::size_t at = 0; at < width; at += kWidth) {
+      store_pairs(panels + (at / kBlock * pairs + pair) * kBlock + at % kBlock,
+                  pairs_of(load(low + at) * of_low, load(high + at) * of_high));
+    }
+  }
+}
+
+// The exponentials of a tile of logits: to `exponentials` [token][rows], to `local`, the pairs of
+// tokens of one panel, and added to sum. Tokens from `known` on, of those in the tile, are none.
+TINYLM_VARIANT inline void exponentials_of(Tile& tile, const float* bias, std::size_t known,
+                                           std::size_t rows, Bf16* exponentials, Word* local,
+                                           float* sum) {
+  for (std::size_t i = 0; i < 2; ++i) {
+    Floats total = load(sum + i * kWidth);
+    for (std::size_t row = 0; row < kTileRows; ++row) {
+      Floats z = tile.sums[row][i];
+      if (bias != nullptr && row < known) z = z + Floats::all(bias[row]);
+      const Floats e = row < known ? exp(z) : Floats::all(0.0f);
+      total = total + e;
+      tile.sums[row][i] = e;
+      store(exponentials + row * rows + i * kWidth, e);
+    }
+    store(sum + i * kWidth, total);
+    for (std::size_t row = 0; row < kTileRows; row += 2) {
+      store_pairs(local + row / 2 * kBlock + i * kWidth,
+                  pairs_of(tile.sums[row][i], tile.sums[row + 1][i]));
+    }
+  }
+}
+
+TINYLM_VARIANT void head_forward(const HeadShape& shape, const Word* words, const Word* pairs,
+                                 const float* bias, const Word* h_panels, std::size_t begin,
+                                 std::size_t end, Bf16* exponentials, float* sum, float* dh) {
+  const std::size_t width = shape.width, rows = shape.rows, steps = width / 2;
+  Scratch scratch(kTokens / 2 * kBlock);
+  Word* const local = scratch.words(kTokens / 2 * kBlock);
+  std::memset(sum, 0, rows * sizeof(float));
+  for (std::size_t token = begin; token < end; token += kTokens) {
+    const std::size_t count = round_up(std::min(end - token, kTokens));
+    for (std::size_t row = 0; row < rows; row += kBlock) {
+      for (std::size_t t = 0; t < count; t += kTileRows) {
+        const std::size_t own = token + t;
+        const std::size_t known = own < shape.vocabulary ? shape.vocabulary - own : 0;
+        for (std::size_t column = 0; column < kBlock; column += kTileColumns) {
+          const Left left{words + own * steps, steps, 1};
+          const Right right{h_panels + row * steps + column, kBlock};
+          Tile tile = plus_product(zeros(), left, right, steps);
+          exponentials_of(tile, bias == nullptr ? nullptr : bias + own, known, rows,
+                          exponentials + own * rows + row + column, local + t / 2 * kBlock + column,
+                          sum + row + column);
+        }
+      }
+      const Left left{pairs + token / 2 * width, 1, width};
+      const Numbers out{dh + row * width, kBlock};
+      if (token == begin) {
+        multiply<false>(left, {local, kBlock}, count / 2, out, width, kBlock);
+      } else {
+        multiply<true>(left, {local, kBlock}, count / 2, out, width, kBlock);
+      }
+    }
+  }
+}
+
+TINYLM_VARIANT void target_logits(const HeadShape& shape, const Word* words, const float* bias,
+                                  const Bf16* h, const std::int64_t* targets, std::size_t count,
+                                  float* logits) {
+  const auto* const weight = reinterpret_cast<const Bf16*>(words);
+  for (std::size_t row = 0; row < count; ++row) {
+    const auto token = static_cast<std::size_t>(targets[row]);
+    Floats sums = Floats::all(0.0f);
+    for (std::size_t at = 0; at < shape.width; at += kWidth) {
+      sums = fma(load(h + row * shape.width + at), load(weight + token * shape.width + at), sums);
+    }
+    logits[row] = sum_of(sums) + (bias == nullptr ? 0.0f : bias[token]);
+  }
+}
+
+TINYLM_VARIANT void weight_gradient(const HeadShape& shape, const Bf16* exponentials,
+                                    const Word* scaled_panels, std::size_t begin, std::size_t end,
+                                    bool accumulate, float* dweight) {
+  const std::size_t width = shape.width, steps = shape.rows / 2;
+  const auto* const words = reinterpret_cast<const Word*>(exponentials);
+  float last[kTileRows * kTileColumns];  // where some tokens of a tile are none
+  for (std::size_t column = 0; column < width; column += kTileColumns) {
+    const Right right{scaled_panels + column / kBlock * steps * kBlock + column % kBlock, kBlock};
+    for (std::size_t token = begin; token < end; token += kTileRows) {
+      const Left left{words + token * steps, steps, 1};
+      float* const to = dweight + token * width + column;
+      if (token + kTileRows > shape.vocabulary) {
+        multiply_tile<false>(left, right, steps, {last, kTileColumns});
+        for (std::size_t row = 0; row < shape.vocabulary - token; ++row) {
+          for (std::size_t i = 0; i < kTileColumns; ++i) {
+            float& number = to[row * width + i];
+            number = last[row * kTileColumns + i] + (accumulate ? number : 0.0f);
+          }
+        }
+      } else if (accumulate) {
+        multiply_tile<true>(left, right, steps, {to, width});
+      } else {
+        multiply_tile<false>(left, right, steps, {to, width});
+      }
+    }
+  }
+}
+
+TINYLM_VARIANT void bias_gradient(const HeadShape& shape, const Bf16* exponentials,
+                                  const float* factors, std::size_t begin, std::size_t end,
+                                  float* dbias) {
+  for (std::size_t token = begin; token < end; ++token) {
+    Floats sums = Floats::all(0.0f);
+    for (std::size_t row = 0; row < shape.rows; row += kWidth) {
+      sums = fma(load(exponentials + token * shape.rows + row), load(factors + row), sums);
+    }
+    dbias[token] += sum_of(sums);
+  }
+}
+
+constexpr HeadKernels head_kernels() {
+  return {&pack_weight,   &pack_rows,       &pack_scaled,  &head_forward,
+          &target_logits, &weight_gradient, &bias_gradient};
+}
