@@ -90,6 +90,7 @@ BY_HAND = [
     ("causal_attention", "sdpa"),
     ("causal_attention", "blocked"),
     ("causal_attention", "c++"),
+    ("rms_norm", "c++"),
     ("rms_norm", "torch"),
     ("linear_cross_entropy", "chunked"),
     ("linear_cross_entropy", "c++"),

@@ -87,9 +87,12 @@ def test_notebook_optimizer_is_adam() -> None:
         optimizer.step(lr_factor(config, 0.5))
         adam.step()
         adam.zero_grad()
-    for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
-        # The keys' bias has no gradient but rounding, which Adam magnifies: allow 2 % of a step.
-        torch.testing.assert_close(ours, other, rtol=1e-5, atol=2e-6)
+    others = dict(theirs.named_parameters())
+    for name, ours in model.named_parameters():
+        other = others[name]
+        if name.endswith("qkv.bias"):  # the keys' has no gradient but rounding; Adam magnifies it
+            ours, other = (torch.cat(x.chunk(3)[::2]) for x in (ours, other))
+        torch.testing.assert_close(ours, other, rtol=1e-5, atol=5e-7)
 
 
 def test_every_parameter_is_trained_by_exactly_one_optimizer() -> None:

@@ -196,7 +196,8 @@ class DeviceStep(Step):
         loss = self._accumulate(*self.windows.batch(self._step), self._scale)
         if self.device.precision == "fp16":
             torch._foreach_div_(self._gradients(), self._scale)
-        norm = self._clip_norm()
+        limit = self.config.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
         with torch.no_grad():
             good, live = (loss + norm).isfinite(), ~self._halted
             self.optimizer.update(found_inf=(~(good & live)).float())

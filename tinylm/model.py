@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tinylm import kernels
 from tinylm.config import ModelConfig
 from tinylm.errors import InputError
+from tinylm.kernels.dispatch import autocast_dtype
 
 
 @dataclass
@@ -51,18 +52,22 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
+    """``before_product``: nothing but a matrix product takes the result, in autocast's dtype."""
+
+    def __init__(self, width: int, eps: float, before_product: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.before_product = eps, before_product
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, eps=self.eps)
+        dtype = autocast_dtype(x) if self.before_product else None
+        return kernels.rms_norm(x, self.weight, eps=self.eps, dtype=dtype)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    cls = RMSNorm if config.norm == "rms" else LayerNorm
-    return cls(config.d_model, config.norm_eps)
+    if config.norm == "rms":
+        return RMSNorm(config.d_model, config.norm_eps, before_product=config.pre_norm)
+    return LayerNorm(config.d_model, config.norm_eps)
 
 
 class Attention(nn.Module):

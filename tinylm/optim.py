@@ -16,6 +16,7 @@ from tinylm.config import TrainConfig
 from tinylm.kernels.muon import Matrix, MuonOptions, muon_step
 from tinylm.model import Transformer
 
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; the step's size is ``lr * sqrt(max(1, M / N))``.
 
@@ -40,18 +41,17 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._dtype = dtype
-        groups: dict[int, list[torch.nn.Parameter]] = {}
-        for parameter, stacked in params:
-            groups.setdefault(stacked, []).append(parameter)
+        self._dtype, self._stacked = dtype, dict(params)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([{"params": p, "stacked": k} for k, p in groups.items()], defaults)
+        super().__init__(list(self._stacked), defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures
         for group in self.param_groups:
             matrices = [
-                Matrix(parameter, parameter.grad, self._momentum(parameter), group["stacked"])
+                Matrix(
+                    parameter, parameter.grad, self._momentum(parameter), self._stacked[parameter]
+                )
                 for parameter in group["params"]
                 if parameter.grad is not None
             ]

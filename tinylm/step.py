@@ -93,6 +93,7 @@ class Step(ABC):
         self.world = world or World()
         self.micro_batch_size = _micro_batch_size(config, self.world.size)
         self._replica = self.world.replicate(model)
+        self._parameters = list(model.parameters())
 
     @abstractmethod
     def begin(self, step: int, skipped: int) -> None:
@@ -129,12 +130,7 @@ class Step(ABC):
         return total
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
-
-    def _clip_norm(self) -> Tensor:
-        """Clips the gradients; their norm before."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     @contextmanager
     def _memory_told(self) -> Iterator[None]:
@@ -210,7 +206,11 @@ class TrainStep(Step):
         if self.device.precision == "fp16":
             for gradient in self._gradients():
                 gradient /= self.scale.value
-        return float(self._clip_norm())
+        norm, limit = float(torch.nn.utils.get_total_norm(self._gradients())), self.config.clip
+        # torch would multiply by 1 where nothing is to be clipped: a pass over all of them.
+        if limit and not norm + 1e-6 <= limit:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, torch.tensor(norm))
+        return norm
 
     def _adapt_scale(self, loss: float, norm: float) -> bool:
         """Whether an overflow explains that the norm is not finite."""

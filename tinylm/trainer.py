@@ -14,7 +14,12 @@ from tinylm.config import TrainConfig
 from tinylm.data import Dataset
 from tinylm.data.invented_scripts import with_invented_scripts
 from tinylm.data.windows import WindowSampler
-from tinylm.device import Device, changed_conditions, conditions, freed_memory_kept
+from tinylm.device import (
+    Device,
+    changed_conditions,
+    conditions,
+    freed_memory_kept,
+)
 from tinylm.device_step import DeviceStep, runs_on_device
 from tinylm.distributed import PeerError, World
 from tinylm.embeddings import initial_model

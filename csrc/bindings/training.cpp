@@ -116,27 +116,66 @@ void norm_rotary(Address x, Address out, Address r, const Sizes& sizes, Address 
 // Rows whose sums are added up by themselves: a sum of many rounds its last terms away.
 constexpr std::size_t kSumRows = 64;
 
-// The sums of so many rows each are added up in order, so that threads change no bit.
-template <class T>
-void norm_rotary_backward(Address x, Address r, Address dout, Address dx, Address dweight,
-                          const Sizes& sizes, Address weight, const Angles& angles, int threads) {
-  const NormShape shape = norm_shape(sizes, weight, angles, 0.0f);
-  const std::size_t rows = sizes[0];
-  const std::size_t count = sizes[1] * sizes[2];
+// total = the sums over rows that function(sums, begin, end) adds, `count` each, for ranges of rows.
+// The sums of kSumRows rows each are added up in order, so that threads change no bit.
+template <class Function>
+void sum_over_rows(std::size_t rows, std::size_t count, int threads, float* total,
+                   Function&& function) {
   const std::size_t blocks = (rows + kSumRows - 1) / kSumRows;
   std::vector<float> sums(count * blocks);
   share_rows(blocks, parts_for(4 * rows * count, threads),
              [&](int, std::size_t begin, std::size_t end) {
                for (std::size_t block = begin; block < end; ++block) {
-                 kernels<T>().norm_rotary_backward(shape, memory<T>(x), memory<const float>(r),
-                                                   memory<const T>(dout), memory<T>(dx),
-                                                   sums.data() + block * count, block * kSumRows,
-                                                   std::min((block + 1) * kSumRows, rows));
+                 function(sums.data() + block * count, block * kSumRows,
+                          std::min((block + 1) * kSumRows, rows));
                }
              });
-  float* const total = memory<float>(dweight);
   std::fill_n(total, count, 0.0f);
-  for (std::size_t at = 0; at < sums.size(); ++at) total[at % count] += sums[at];
+  for (std::size_t at = 0; at < sums.size(); at += count) {
+    for (std::size_t i = 0; i < count; ++i) total[i] += sums[at + i];
+  }
+}
+
+template <class T>
+void norm_rotary_backward(Address x, Address r, Address dout, Address dx, Address dweight,
+                          const Sizes& sizes, Address weight, const Angles& angles, int threads) {
+  const NormShape shape = norm_shape(sizes, weight, angles, 0.0f);
+  sum_over_rows(sizes[0], sizes[1] * sizes[2], threads, memory<float>(dweight),
+                [&](float* sums, std::size_t begin, std::size_t end) {
+                  kernels<T>().norm_rotary_backward(shape, memory<T>(x), memory<const float>(r),
+                                                    memory<const T>(dout), memory<T>(dx), sums,
+                                                    begin, end);
+                });
+}
+
+template <auto kernels_of_norm, class T, class Out>
+void rms_norm(Address x, Address out, Address r, std::size_t rows, std::size_t width,
+              Address weight, float eps, int threads) {
+  const NormRows shape{width, memory<const float>(weight), eps};
+  share_rows(rows, parts_for(2 * rows * width, threads),
+             [&](int, std::size_t begin, std::size_t end) {
+               (training_kernels().*kernels_of_norm)
+                   .rms_norm(shape, memory<const T>(x), memory<Out>(out), memory<float>(r), begin,
+                             end);
+             });
+}
+
+template <auto kernels_of_norm, class T, class Out>
+void rms_norm_backward(Address x, Address r, Address dout, Address dx, Address dweight,
+                       std::size_t rows, std::size_t width, Address weight, int threads) {
+  const NormRows shape{width, memory<const float>(weight), 0.0f};
+  sum_over_rows(rows, width, threads, memory<float>(dweight),
+                [&](float* sums, std::size_t begin, std::size_t end) {
+                  (training_kernels().*kernels_of_norm)
+                      .rms_norm_backward(shape, memory<const T>(x), memory<const float>(r),
+                                         memory<const Out>(dout), memory<T>(dx), sums, begin, end);
+                });
+}
+
+template <auto kernels_of_norm, class T, class Out>
+void bind_norm(py::module_& m, const std::string& dtypes) {
+  m.def(("rms_norm_" + dtypes).c_str(), &rms_norm<kernels_of_norm, T, Out>);
+  m.def(("rms_norm_backward_" + dtypes).c_str(), &rms_norm_backward<kernels_of_norm, T, Out>);
 }
 
 // (address, and strides of batch, head, time)
@@ -234,6 +273,9 @@ void bind_rows(py::module_& m, const std::string& dtype) {
 void bind_training(py::module_& m) {
   bind_rows<float>(m, "fp32");
   bind_rows<Bf16>(m, "bf16");
+  bind_norm<&TrainingKernels::norm_fp32, float, float>(m, "fp32_fp32");
+  bind_norm<&TrainingKernels::norm_to_bf16, float, Bf16>(m, "fp32_bf16");
+  bind_norm<&TrainingKernels::norm_bf16, Bf16, Bf16>(m, "bf16_bf16");
   m.def("keep_freed_memory", &keep_freed_memory, py::arg("keep"),
         "Whether malloc keeps what is freed for what comes next; False if that cannot be set.");
   m.def("faster_than_own_products", &faster_than_own_products,

@@ -45,6 +45,22 @@ struct RowKernels {
                                T* dx, float* dweight, std::size_t begin, std::size_t end);
 };
 
+// Rows of `width` numbers x, each becoming weight x / sqrt(mean(x²) + eps).
+struct NormRows {
+  std::size_t width;
+  const float* weight;  // [width]
+  float eps;
+};
+
+// For rows [begin, end), as those of heads above, without a rotation.
+template <class T, class Out>
+struct NormKernels {
+  void (*rms_norm)(const NormRows& shape, const T* x, Out* out, float* r, std::size_t begin,
+                   std::size_t end);
+  void (*rms_norm_backward)(const NormRows& shape, const T* x, const float* r, const Out* dout,
+                            T* dx, float* dweight, std::size_t begin, std::size_t end);
+};
+
 // Where [batch][head][time] vectors of one head dimension lie, in numbers; those of a vector are
 // side by side.
 struct HeadStrides {
@@ -137,6 +153,9 @@ constexpr std::size_t kMuonStep = 32;
 struct TrainingKernels {
   RowKernels<float> fp32;
   RowKernels<Bf16> bf16;
+  NormKernels<float, float> norm_fp32;
+  NormKernels<float, Bf16> norm_to_bf16;
+  NormKernels<Bf16, Bf16> norm_bf16;
   AttentionKernels attention;
   HeadKernels head;
   void (*muon_step)(const MuonMatrix& matrix, const MuonOptions& options);

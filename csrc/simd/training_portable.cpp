@@ -161,8 +161,14 @@ Pairs pairs_of(Floats low, Floats high) {
 
 }  // namespace
 
-const TrainingKernels kTrainingKernelsPortable = {row_kernels<float>(), row_kernels<Bf16>(),
-                                                  attention_kernels(), head_kernels(), &muon_step};
+const TrainingKernels kTrainingKernelsPortable = {row_kernels<float>(),
+                                                  row_kernels<Bf16>(),
+                                                  norm_kernels<float, float>(),
+                                                  norm_kernels<float, Bf16>(),
+                                                  norm_kernels<Bf16, Bf16>(),
+                                                  attention_kernels(),
+                                                  head_kernels(),
+                                                  &muon_step};
 
 const TrainingKernels& training_kernels() {
 #if TINYLM_X86_VARIANTS
@@ -186,8 +192,11 @@ bool multiplies_bf16(const TrainingKernels& kernels) {
 bool has_matrix_unit() {
 #if TINYLM_X86_VARIANTS
   // AMX-BF16 is bit 22 of EDX in leaf 7; not every compiler knows it by name.
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+  static const bool has_unit = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
+  }();
+  return has_unit;
 #else
   return false;
 #endif

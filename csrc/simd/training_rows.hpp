@@ -165,10 +165,9 @@ TINYLM_VARIANT void norm_rotary(const NormShape& shape, const T* x, T* out, floa
 }
 
 // One vector: with x̂ = x r and g = weight dy, dx = r (g - x̂ mean(g x̂)), dweight += dy x̂.
-// dy is kept in `dy`, in fp32.
-template <class T>
+template <class T, class Out>
 TINYLM_VARIANT inline void norm_vector_backward(const T* x, float r, const float* weight,
-                                                const float* dy, T* dx, float* dweight,
+                                                const Out* dy, T* dx, float* dweight,
                                                 std::size_t width) {
   const Floats scale = Floats::all(r);
   Floats sums = Floats::all(0.0f);
@@ -208,6 +207,36 @@ TINYLM_VARIANT void norm_rotary_backward(const NormShape& shape, const T* x, con
                            dweight + head * width, width);
     }
   }
+}
+
+template <class T, class Out>
+TINYLM_VARIANT void rms_norm(const NormRows& shape, const T* x, Out* out, float* r,
+                             std::size_t begin, std::size_t end) {
+  for (std::size_t row = begin; row < end; ++row) {
+    const T* const from = x + row * shape.width;
+    Out* const to = out + row * shape.width;
+    r[row] = inverse_length(from, shape.width, shape.eps);
+    const Floats scale = Floats::all(r[row]);
+    for (std::size_t at = 0; at < shape.width; at += kWidth) {
+      store_at(to, at, shape.width,
+               load_at(from, at, shape.width) * scale * load_at(shape.weight, at, shape.width));
+    }
+  }
+}
+
+template <class T, class Out>
+TINYLM_VARIANT void rms_norm_backward(const NormRows& shape, const T* x, const float* r,
+                                      const Out* dout, T* dx, float* dweight, std::size_t begin,
+                                      std::size_t end) {
+  for (std::size_t row = begin; row < end; ++row) {
+    const std::size_t at = row * shape.width;
+    norm_vector_backward(x + at, r[row], shape.weight, dout + at, dx + at, dweight, shape.width);
+  }
+}
+
+template <class T, class Out>
+constexpr NormKernels<T, Out> norm_kernels() {
+  return {&rms_norm<T, Out>, &rms_norm_backward<T, Out>};
 }
 
 template <class T>

@@ -66,6 +66,7 @@ _COMPILED = {
     "linear_cross_entropy": "without softcap; in bf16 no logits in memory",
     "muon": "in bf16, each matrix in cache from gradient to update",
     "norm_rotary": "one pass in bf16 and fp32",
+    "rms_norm": "one pass in bf16 and fp32",
     "swiglu": "one pass in bf16 and fp32",
 }
 # Why "auto" does not choose a Triton kernel, where nothing was measured.
@@ -76,7 +77,7 @@ _OTHER_KIND = "the check on this GPU measured no such call"
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "causal_attention": ("triton", "c++", "sdpa", "blocked", "matmul"),
     "layer_norm": ("triton", "torch", "reference"),
-    "rms_norm": ("triton", "torch", "reference"),
+    "rms_norm": ("triton", "c++", "torch", "reference"),
     "linear_cross_entropy": ("triton", "c++", "chunked", "reference"),
     "muon": ("c++", "torch"),
     "norm_rotary": ("c++", "separate"),

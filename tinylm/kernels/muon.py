@@ -67,14 +67,14 @@ def muon_step(
 
         refusal = compiled.muon_refusal(matrices, options)
         if refusal is None:
-            return compiled.muon(matrices, options, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS)
+            compiled.muon(matrices, options, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS)
+            return
         torch_instead_of_compiled("muon", device.type, refusal, backend)
     alike: dict[tuple[torch.Size, int], list[Matrix]] = {}
     for matrix in matrices:
         alike.setdefault((matrix.weight.shape, matrix.stacked), []).append(matrix)
     for equal in alike.values():
         _step_together(equal, options)
-    return None
 
 
 def _step_together(matrices: list[Matrix], options: MuonOptions) -> None:

@@ -14,6 +14,7 @@ from tinylm.kernels.dispatch import (
     dtype_name,
     implementation,
     torch_instead,
+    torch_instead_of_compiled,
     wide,
 )
 
@@ -89,12 +90,12 @@ def _torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 @overload
 def rms_norm(
     x: Tensor, weight: Tensor, residual: None = None, eps: float = 1e-6,
-    *, backend: str | None = None,
+    *, dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor, eps: float = 1e-6,
-    *, backend: str | None = None,
+    *, dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def rms_norm(
     x: Tensor,
@@ -102,39 +103,61 @@ def rms_norm(
     residual: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension.
 
     With ``residual``, the sum ``x + residual`` is normalised, and ``(normalised, sum)`` returned.
-    Statistics are fp32; the result has the dtype of what is normalised. The weight may have more of
-    the last dimensions of ``x``, such as (H, D) for heads that are scaled apart.
+    Statistics are fp32. The weight may have more of the last dimensions of ``x``, such as (H, D)
+    for heads that are scaled apart.
+
+    Args:
+        dtype: of the result; by default, that of what is normalised.
 
     Raises:
         InputError: the weight has other dimensions, or tensors are on several devices.
     """
     _check("rms_norm", x, weight, None, residual)
     name = implementation("rms_norm", x.device, backend, call_kind(x, weight))
-    total = x if residual is None else x + residual
-    if name == "triton" and weight.dim() > 1:
-        whole = rms_norm(total, torch.ones_like(weight[0]), eps=eps, backend=name)
-        out = (whole * weight).to(total.dtype)
-        return out if residual is None else (out, total)
-    if name == "triton":
+    if name == "triton" and weight.dim() == 1:
         from tinylm.kernels.triton import norm as kernels
 
         refusal = kernels.refusal(x, weight, None, residual)
         if refusal is None:
             out, total = kernels.norm(x, weight, None, residual, eps, rms=True)
+            out = out if dtype is None else out.to(dtype)
             return out if residual is None else (out, total)
         name = torch_instead("rms_norm", x.device.type, refusal)
-    if name == "reference":
+    total = x if residual is None else x + residual
+    dtype = total.dtype if dtype is None else dtype
+    if name == "triton":
+        whole = rms_norm(total, torch.ones_like(weight[0]), eps=eps, backend=name)
+        out = (whole * weight).to(dtype)
+    elif name == "reference":
         x_wide = wide(total)
         scale = torch.rsqrt(x_wide.square().mean(dim=-1, keepdim=True) + eps)
-        out = (x_wide * scale * wide(weight)).to(total.dtype)
+        out = (x_wide * scale * wide(weight)).to(dtype)
     else:
-        out = _RMSNorm.apply(total, weight, eps)  # type: ignore[no-untyped-call]
+        compiled = _compiled_rms_norm(total, weight, eps, dtype, backend) if name == "c++" else None
+        if compiled is None:
+            compiled = _RMSNorm.apply(total, weight, eps).to(dtype)  # type: ignore[no-untyped-call]
+        out = compiled
     return out if residual is None else (out, total)
+
+
+def _compiled_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str | None
+) -> Tensor | None:
+    """The C++ kernel's result; None if it refuses."""
+    from tinylm.kernels import compiled
+
+    refusal = compiled.rms_norm_refusal(x, weight, dtype)
+    if refusal is None:
+        out: Tensor = compiled.rms_norm(x, weight, eps, dtype)[0]
+        return out
+    torch_instead_of_compiled("rms_norm", x.device.type, refusal, backend)
+    return None
 
 
 def _check(
