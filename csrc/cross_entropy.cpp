@@ -100,16 +100,16 @@ class Head {
       }
       if (!(sum > kLeastSum && sum < kLargestSum)) return false;
       const bool counts = call_.targets[start + row] != call_.ignored;
-      const float weight =
-          !counts ? 0.0f : call_.row_weights == nullptr ? 1.0f : call_.row_weights[start + row];
+      const float weight = !counts                        ? 0.0f
+                           : call_.row_weights == nullptr ? 1.0f
+                                                          : call_.row_weights[start + row];
       const float lse = std::log(sum), slope = 1.0f + 2.0f * call_.z_loss * lse;
       // No loss is below 0, nor off by the rounding of the target's own term.
       const float loss = std::max(lse - own[row], 0.0f) + call_.z_loss * lse * lse;
       call_.loss[start + row] = counts ? loss : 0.0f;
       factors_[row] = weight * slope / sum;
       const float exact = std::exp(own[row]) - sum / slope;
-      Bf16& stored =
-          exponentials_[static_cast<std::size_t>(targets_[row]) * shape.rows + row];
+      Bf16& stored = exponentials_[static_cast<std::size_t>(targets_[row]) * shape.rows + row];
       corrections_[row] = factors_[row] * (exact - to_float(stored));
       if (counts) stored = to_bf16(exact);
     }

@@ -1,5 +1,5 @@
-// The cross-entropy of a model's head, and its gradients, on a CPU, without its logits ever being in
-// memory: a chunk of rows with a block of tokens after the other (the idea of Cut Your Losses,
+// The cross-entropy of a model's head, and its gradients, on a CPU, without its logits ever being
+// in memory: a chunk of rows with a block of tokens after the other (the idea of Cut Your Losses,
 // Wijmans et al. 2024), with the kernels of simd/training.hpp.
 #pragma once
 

@@ -45,8 +45,8 @@ void run_parts(int parts, Function&& function) {
                [&](std::size_t part, int) { function(static_cast<int>(part)); });
 }
 
-// Calls function(item) for every item in [0, items), on up to `threads` threads, which take the next
-// one as they come free.
+// Calls function(item) for every item in [0, items), on up to `threads` threads, which take the
+// next one as they come free.
 template <class Function>
 void share_items(std::size_t items, int threads, Function&& function) {
   std::atomic<std::size_t> next{0};

@@ -17,6 +17,7 @@ from tinylm import kernels
 from tinylm.config import TrainConfig
 from tinylm.errors import InputError
 from tinylm.kernels import dispatch
+from tinylm.kernels.muon import Matrix, MuonOptions
 from tinylm.model import Transformer
 
 _C = pytest.importorskip("tinylm._C")
@@ -202,6 +203,45 @@ def test_a_row_that_is_not_finite_spoils_no_other(value: float) -> None:
     assert out[:, 1].isnan().any()
 
 
+NORMS = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2]
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), NORMS)
+@pytest.mark.parametrize("width", LENGTHS)
+@pytest.mark.parametrize("rows", [1, 130])
+def test_rms_norm(
+    rows: int, width: int, dtype: torch.dtype, out_dtype: torch.dtype,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    x = (3 * randn(rows, width)).to(dtype).requires_grad_()
+    weight = randn(width, dtype=torch.float32, seed=1).requires_grad_()
+    out = kernels.rms_norm(x, weight, dtype=out_dtype, backend="c++")
+    assert out.dtype == out_dtype
+    inputs64 = wide(x, weight)
+    expected = kernels.rms_norm(*inputs64, backend="reference")
+    assert_close(out, expected, out_dtype)
+    dout = randn(rows, width, dtype=out_dtype, seed=2)
+    actual = torch.autograd.grad(out, (x, weight), dout)
+    assert [g.dtype for g in actual] == [dtype, torch.float32]
+    wanted = torch.autograd.grad(expected, inputs64, dout.double())
+    for got, right in zip(actual, wanted, strict=True):
+        assert_close(got, right, dtype, floor=1.0)
+    assert not caplog.records
+
+
+def test_rms_norm_of_any_strides_and_with_what_it_leaves_to_torch() -> None:
+    x = randn(6, 4, 10, dtype=torch.float32).transpose(0, 1)[:, ::2].requires_grad_()
+    weight = randn(10, dtype=torch.float32)
+    check(
+        lambda x: kernels.rms_norm(x, weight, backend="c++"),
+        lambda x: kernels.rms_norm(x, weight.double(), backend="reference"),
+        x,
+    )
+    wider = kernels.rms_norm(x, weight, dtype=torch.float64, backend="c++")
+    assert_close(wider, kernels.rms_norm(x, weight).double(), torch.float32)
+    assert kernels.rms_norm(torch.zeros(0, 10), weight, backend="c++").shape == (0, 10)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [*LENGTHS, 1000])
 def test_exponentials(columns: int, dtype: torch.dtype) -> None:
@@ -225,13 +265,21 @@ def test_exponentials_of_what_is_not_finite() -> None:
 # --- cross-entropy -------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What multiplies whole matrices runs in every variant, however slow."""
+    monkeypatch.setattr(compiled, "products_refusal", lambda: None)
+
+
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("z_loss", "with_bias"), [(0.0, True), (1e-2, False)])
+@pytest.mark.parametrize("width", [24, 32])
 def test_linear_cross_entropy(
-    z_loss: float, with_bias: bool, reduction: str, dtype: torch.dtype
+    width: int, z_loss: float, with_bias: bool, reduction: str, dtype: torch.dtype
 ) -> None:
-    h, weight, bias = randn(300, 24), randn(101, 24, seed=1) / 3, randn(101, seed=2)
+    h, weight, bias = randn(300, width), randn(101, width, seed=1) / 3, randn(101, seed=2)
     targets = torch.arange(300) % 101
     targets[::7] = -100
     inputs = [x.to(dtype).requires_grad_() for x in (h, weight, bias)[: 2 + with_bias]]
@@ -250,6 +298,111 @@ def test_linear_cross_entropy(
         assert_close(actual, wanted, dtype, "gradient")
 
 
+def head_and_reference(
+    N: int, C: int, V: int, with_bias: bool, z_loss: float
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(loss_N, dh, dweight and perhaps dbias), of C++ and in fp64 of the same rounded weights."""
+    h, weight = randn(N, C, dtype=torch.bfloat16), randn(V, C, dtype=torch.float32, seed=1) / C**0.5
+    bias = randn(V, dtype=torch.float32, seed=2) if with_bias else None
+    targets, counts = (3 * torch.arange(N) + 2) % V, randn(N, dtype=torch.float32, seed=3)
+    targets[5::7] = -1
+    *actual, right = compiled.head_cross_entropy(h, weight, bias, targets, counts, -1, z_loss)
+    assert right
+    inputs = wide(*(x for x in (h, weight.bfloat16(), bias) if x is not None))
+    loss_N = kernels.linear_cross_entropy(
+        *inputs[:2], targets, -1, z_loss=z_loss, bias_V=inputs[2] if with_bias else None,
+        reduction="none", backend="reference",
+    )  # fmt: skip
+    expected = torch.autograd.grad((loss_N * counts).sum(), inputs)
+    return tuple(actual[: 3 + with_bias]), (loss_N.detach(), *expected)
+
+
+@pytest.mark.parametrize("rows", [*LENGTHS, 300])
+@pytest.mark.parametrize(("width", "vocabulary"), [(32, 1), (96, 33), (32, 1023), (64, 2100)])
+def test_head_cross_entropy(rows: int, width: int, vocabulary: int) -> None:
+    """Parts of a chunk of rows, of a block of tokens, of a tile; one token that is certain."""
+    for with_bias, z_loss in ((False, 0.0), (True, 1e-2)):
+        actual, expected = head_and_reference(rows, width, vocabulary, with_bias, z_loss)
+        # The difference of two numbers whose size is that of logits.
+        assert_close(actual[0], expected[0], torch.float32, "loss", floor=1.0)
+        assert (actual[0] >= 0).all()
+        for got, wanted, name in zip(actual[1:], expected[1:], ("dh", "dw", "db"), strict=False):
+            assert_close(got, wanted, torch.bfloat16, name, floor=1e-2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 80), st.sampled_from([32, 64]), st.integers(1, 140), st.booleans())
+def test_head_cross_entropy_of_any_size(N: int, C: int, V: int, with_bias: bool) -> None:
+    actual, expected = head_and_reference(N, C, V, with_bias, 0.0)
+    assert_close(actual[0], expected[0], torch.float32, "loss", floor=1.0)
+    for got, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert_close(got, wanted, torch.bfloat16, floor=1e-2)
+
+
+def test_a_certain_token_leaves_no_gradient() -> None:
+    """Where its probability is 1 but for 1e-8, rounding of its exponential must not show."""
+    h, weight = torch.ones(40, 32, dtype=torch.bfloat16), torch.zeros(50, 32)
+    weight[7] = 0.75
+    targets = torch.full((40,), 7)
+    loss, dh, dweight, _, right = compiled.head_cross_entropy(h, weight, None, targets, None, -1, 0)
+    assert right
+    expected = torch.tensor(24.0).neg().exp().mul(49).log1p()
+    assert_close(loss, expected.double().expand(40), torch.float32, floor=1.0)
+    rounding = 24 * 2**-24  # of the exponential of 24 in fp32
+    assert dh.abs().max() < rounding
+    assert dweight.abs().max() < 40 * rounding
+
+
+@pytest.mark.parametrize("value", [200.0, -200.0, float("nan"), INFINITY])
+def test_logits_beyond_its_range_are_left_to_another_pass(value: float, own_products: None) -> None:
+    h, weight = randn(40, 32, dtype=torch.bfloat16), randn(50, 32, dtype=torch.float32, seed=1)
+    bias, targets = torch.full((50,), value), torch.arange(40)
+    *_, right = compiled.head_cross_entropy(h, weight, bias, targets, None, -100, 0.0)
+    assert not right
+    inputs = [x.requires_grad_() for x in (h, weight, bias)]
+
+    def run(backend: str, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return kernels.linear_cross_entropy(h, w, targets, bias_V=b, backend=backend)
+
+    loss = run("c++", *inputs)
+    if abs(value) < INFINITY:
+        expected = run("reference", *wide(*inputs))
+        assert_close(loss, expected, torch.bfloat16)
+        pairs = zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(
+            run("reference", *(x.float() for x in inputs)), inputs), strict=True)  # fmt: skip
+        for actual, wanted in pairs:
+            assert_close(actual, wanted, torch.bfloat16)
+    else:
+        assert loss.isnan()
+
+
+@pytest.mark.parametrize("target", [50, -1, -101])
+def test_a_target_that_is_no_token_is_refused(target: int, own_products: None) -> None:
+    h = randn(40, 32, dtype=torch.bfloat16).requires_grad_()
+    weight = randn(50, 32, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.arange(40)
+    targets[33] = target
+    with pytest.raises((IndexError, RuntimeError), match=r"outside the vocabulary|out of bounds"):
+        kernels.linear_cross_entropy(h, weight, targets, backend="c++")
+
+
+def test_where_torch_multiplies_faster_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = randn(40, 32, dtype=torch.bfloat16).requires_grad_()
+    weight = randn(50, 32, dtype=torch.bfloat16).requires_grad_()
+    calls = []
+    whole = compiled.head_cross_entropy
+    monkeypatch.setattr(
+        compiled, "head_cross_entropy", lambda *inputs: calls.append(1) or whole(*inputs)
+    )
+    losses = []
+    for refusal in (None, "AMX"):
+        monkeypatch.setattr(compiled, "products_refusal", lambda refusal=refusal: refusal)
+        losses.append(kernels.linear_cross_entropy(h, weight, torch.arange(40), backend="c++"))
+    assert len(calls) == 1
+    assert_close(losses[1], losses[0].double(), torch.bfloat16)
+
+
 @pytest.mark.parametrize("size", [1e-3, 30.0, 3000.0])
 def test_loss_of_any_size_of_logits(size: float) -> None:
     h, weight = randn(40, 16, dtype=torch.bfloat16) * size, randn(50, 16, dtype=torch.bfloat16)
@@ -263,6 +416,95 @@ def test_loss_of_any_size_of_logits(size: float) -> None:
     assert results[0] >= 0
 
 
+# --- Muon ----------------------------------------------------------------------------------------
+
+
+def muon_matrices(
+    sizes: list[tuple[int, int, int]], seed: int, dtype: torch.dtype = torch.float32
+) -> list[Matrix]:
+    """Of (rows, columns, stacked), with gradients of some rank and size."""
+    matrices = []
+    for i, (rows, columns, stacked) in enumerate(sizes):
+        weight, momentum = (randn(rows, columns, seed=seed + 2 * i + j) for j in range(2))
+        gradient = randn(rows, columns, seed=seed + 100 + i) * 0.01 + 0.02
+        tensors = (x.float().to(dtype) for x in (weight, gradient, 0.01 * momentum))
+        matrices.append(Matrix(*tensors, stacked))
+    return matrices
+
+
+@pytest.mark.usefixtures("own_products")
+def test_muon(caplog: pytest.LogCaptureFixture) -> None:
+    """Tall, wide and square ones, stacked or not, against products in fp64, for three steps."""
+    sizes = [(32, 32, 1), (192, 64, 3), (64, 192, 1), (128, 32, 2), (32, 96, 1)]
+    ours, theirs = muon_matrices(sizes, 0), muon_matrices(sizes, 0, torch.float64)
+    options = MuonOptions(lr=0.1, momentum=0.7, weight_decay=0.2, dtype=torch.bfloat16)
+    for step in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            before = b.weight.clone()
+            a.gradient.copy_(randn(*a.gradient.shape, seed=step, dtype=torch.float32))
+            b.gradient.copy_(a.gradient)
+            kernels.muon_step([a], options, backend="c++")
+            kernels.muon_step([b], options, backend="torch")
+            assert_close(a.momentum, b.momentum, torch.float32, f"momentum {step}")
+            change = (b.weight - before).abs().max()
+            error = (a.weight.double() - b.weight).abs().max()
+            # Five iterations in bf16 add up; a step is thus wrong by at most so much of itself.
+            assert error <= (step + 1) * 0.04 * change, f"step {step}: {error / change:.3f}"
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("own_products")
+def test_muon_is_as_exact_as_in_torch() -> None:
+    """By the mean error against products in fp64."""
+    errors: dict[str, Tensor] = {}
+    for backend in ("c++", "torch"):
+        matrices = muon_matrices([(96, 64, 1)] * 8, 5)
+        exact = muon_matrices([(96, 64, 1)] * 8, 5, torch.float64)
+        options = MuonOptions(lr=0.1, dtype=torch.bfloat16)
+        kernels.muon_step(matrices, options, backend=backend)
+        kernels.muon_step(exact, options, backend="torch")
+        pairs = zip(matrices, exact, strict=True)
+        errors[backend] = torch.stack([(a.weight - b.weight).square().mean() for a, b in pairs])
+    assert errors["c++"].sum() <= 1.2 * errors["torch"].sum()
+
+
+@pytest.mark.usefixtures("own_products")
+def test_muon_of_zeros_and_of_what_is_not_finite() -> None:
+    zero, bad, good = muon_matrices([(32, 64, 1)] * 3, 0)
+    zero.gradient.zero_()
+    zero.momentum.zero_()
+    bad.gradient[3, 5] = float("nan")
+    before = zero.weight.clone()
+    kernels.muon_step([zero, bad, good], MuonOptions(0.1, dtype=torch.bfloat16), backend="c++")
+    assert torch.equal(zero.weight, before)
+    assert bad.weight.isnan().any()
+    assert good.weight.isfinite().all()
+
+
+@pytest.mark.usefixtures("own_products")
+def test_other_matrices_are_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    bf16 = MuonOptions(0.1, dtype=torch.bfloat16)
+    on_device = bf16._replace(found_inf=torch.zeros(()))
+    transposed = muon_matrices([(32, 64, 1)], 0)[0]
+    transposed = Matrix(transposed.weight.t(), transposed.gradient.t(), transposed.momentum.t())
+    calls = [
+        (muon_matrices([(31, 32, 1)], 0), bf16, "of 1 matrices of 31 x 32"),
+        (muon_matrices([(64, 32, 4)], 0), bf16, "of 4 matrices of 16 x 32"),
+        (muon_matrices([(32, 32, 1)], 0), MuonOptions(0.1), "of products in fp32"),
+        (muon_matrices([(32, 32, 1)], 0), on_device, "set off without a look"),
+        ([transposed], bf16, "row after row"),
+    ]
+    for matrices, options, reason in calls:
+        caplog.clear()
+        dispatch.forget()
+        before = matrices[0].weight.clone()
+        kernels.muon_step(matrices, options, backend="c++")
+        assert not torch.equal(matrices[0].weight, before)
+        (record,) = caplog.records
+        assert record.getMessage().startswith("muon runs as torch, not in C++: of ")
+        assert reason in record.getMessage()
+
+
 # --- how they are chosen -------------------------------------------------------------------------
 
 only_once = pytest.mark.parametrize("variant", _C.instruction_sets()[-1:], indirect=True)
@@ -271,6 +513,14 @@ only_once = pytest.mark.parametrize("variant", _C.instruction_sets()[-1:], indir
 def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     x = randn(5, 8, dtype=torch.float32).requires_grad_()
     yield compiled.exponentials_, (x.detach(),)
+    row, weight = randn(1, 32, dtype=torch.bfloat16), randn(3, 32, dtype=torch.float32)
+    head = row, weight, torch.zeros(3), torch.tensor([2]), None, -100, 0.0
+    yield compiled.head_cross_entropy, head
+    norm = x, torch.ones(8).requires_grad_()
+    yield compiled.rms_norm, (*norm, 1e-6, torch.bfloat16)
+    plain = [tensor.detach() for tensor in norm]
+    out, r = compiled.rms_norm(*plain, 1e-6, torch.bfloat16)
+    yield compiled.rms_norm_backward, (*plain, r, out)
     yield compiled.swiglu, (x,)
     yield compiled.swiglu_backward, (x.detach(), randn(5, 4, dtype=torch.float32))
     heads_NHD, weight = x.view(5, 2, 4), randn(2, 4, dtype=torch.float32).requires_grad_()
@@ -336,6 +586,10 @@ def test_operators_refuse_what_does_not_belong_together() -> None:
     q = torch.ones(1, 2, 3, 32, dtype=torch.bfloat16)
     bad: list[Callable[[], object]] = [
         lambda: compiled.exponentials_(x.t()),
+        lambda: compiled.head_cross_entropy(q[0, 0], x, None, torch.zeros(3).long(), None, 0, 0.0),
+        lambda: compiled.head_cross_entropy(x, x, None, torch.zeros(3).long(), None, 0, 0.0),
+        lambda: compiled.rms_norm(x, torch.ones(7), 1e-6, torch.float32),
+        lambda: compiled.rms_norm_backward(x, torch.ones(8), torch.ones(3), x[:2]),
         lambda: compiled.swiglu(x[:, :7]),
         lambda: compiled.swiglu_backward(x, x),
         lambda: compiled.swiglu_backward(x, x[:, :4].bfloat16()),
@@ -381,7 +635,18 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         normed = kernels.norm_rotary(x[None], w, *tables, backend="c++")
         out = attention(*(normed.transpose(1, 2) for _ in range(3)))
         out = kernels.swiglu(out, backend="c++")
-        results.append([out, *torch.autograd.grad(out.float().sum(), (x, w))])
+        flat = out.transpose(1, 2).flatten(0, 2)
+        normed = kernels.rms_norm(flat, w.sum(0)[:32].contiguous(), backend="c++")
+        rows = normed.detach()
+        head = compiled.head_cross_entropy(
+            rows, randn(2500, 32, dtype=torch.float32, seed=1) / 32, torch.zeros(2500),
+            torch.arange(len(rows)) % 2500, None, -100, 0.0,
+        )  # fmt: skip
+        matrices = muon_matrices([(64, 32, 1)] * 5, 0)
+        kernels.muon_step(matrices, MuonOptions(0.1, dtype=torch.bfloat16), backend="c++")
+        weights = [matrix.weight for matrix in matrices]
+        gradients_ = torch.autograd.grad(normed.float().sum(), (x, w))
+        results.append([out, normed, *gradients_, *head, *weights])
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)
 

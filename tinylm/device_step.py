@@ -196,8 +196,7 @@ class DeviceStep(Step):
         loss = self._accumulate(*self.windows.batch(self._step), self._scale)
         if self.device.precision == "fp16":
             torch._foreach_div_(self._gradients(), self._scale)
-        limit = self.config.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        norm = self._clip_norm()
         with torch.no_grad():
             good, live = (loss + norm).isfinite(), ~self._halted
             self.optimizer.update(found_inf=(~(good & live)).float())
@@ -211,6 +210,10 @@ class DeviceStep(Step):
                 failed = self._skipped > MOST_SKIPPED
             self._halted |= failed
             self._step += ~self._halted  # to the next, or to stay at the one that failed
+
+    def _clip_norm(self) -> Tensor:
+        """Clips the gradients; their norm before."""
+        return torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip or math.inf)
 
     def _adapt_scale(self, loss: Tensor, good: Tensor, live: Tensor) -> Tensor:
         """`LossScale.adapt`; whether an overflow explains that the gradient is not finite."""

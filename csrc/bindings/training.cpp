@@ -116,8 +116,8 @@ void norm_rotary(Address x, Address out, Address r, const Sizes& sizes, Address 
 // Rows whose sums are added up by themselves: a sum of many rounds its last terms away.
 constexpr std::size_t kSumRows = 64;
 
-// total = the sums over rows that function(sums, begin, end) adds, `count` each, for ranges of rows.
-// The sums of kSumRows rows each are added up in order, so that threads change no bit.
+// total = the sums over rows that function(sums, begin, end) adds, `count` each, for ranges of
+// rows. The sums of kSumRows rows each are added up in order, so that threads change no bit.
 template <class Function>
 void sum_over_rows(std::size_t rows, std::size_t count, int threads, float* total,
                    Function&& function) {
@@ -152,12 +152,11 @@ template <auto kernels_of_norm, class T, class Out>
 void rms_norm(Address x, Address out, Address r, std::size_t rows, std::size_t width,
               Address weight, float eps, int threads) {
   const NormRows shape{width, memory<const float>(weight), eps};
-  share_rows(rows, parts_for(2 * rows * width, threads),
-             [&](int, std::size_t begin, std::size_t end) {
-               (training_kernels().*kernels_of_norm)
-                   .rms_norm(shape, memory<const T>(x), memory<Out>(out), memory<float>(r), begin,
-                             end);
-             });
+  share_rows(
+      rows, parts_for(2 * rows * width, threads), [&](int, std::size_t begin, std::size_t end) {
+        (training_kernels().*kernels_of_norm)
+            .rms_norm(shape, memory<const T>(x), memory<Out>(out), memory<float>(r), begin, end);
+      });
 }
 
 template <auto kernels_of_norm, class T, class Out>
@@ -278,8 +277,9 @@ void bind_training(py::module_& m) {
   bind_norm<&TrainingKernels::norm_bf16, Bf16, Bf16>(m, "bf16_bf16");
   m.def("keep_freed_memory", &keep_freed_memory, py::arg("keep"),
         "Whether malloc keeps what is freed for what comes next; False if that cannot be set.");
-  m.def("faster_than_own_products", &faster_than_own_products,
-        "What multiplies matrices of bf16 faster than the kernels here, in words; None if nothing.");
+  m.def(
+      "faster_than_own_products", &faster_than_own_products,
+      "What multiplies matrices of bf16 faster than the kernels here, in words; None if nothing.");
   m.def("attention", &attention);
   m.def("attention_backward", &attention_backward);
   m.def("head_cross_entropy", &head_cross_entropy);

@@ -105,12 +105,13 @@ struct HeadShape {
 constexpr std::size_t kHeadStep = 32;
 
 struct HeadKernels {
-  // The weights of tokens [begin, end), rounded to bf16, as words [token][width / 2] and interleaved
-  // [token / 2][width], zeros beyond the vocabulary.
+  // The weights of tokens [begin, end), rounded to bf16, as words [token][width / 2] and
+  // interleaved [token / 2][width], zeros beyond the vocabulary.
   void (*pack_weight)(const HeadShape& shape, const float* weight, std::size_t begin,
                       std::size_t end, std::uint32_t* words, std::uint32_t* pairs);
   // `count` rows as panels of transposed words, zeros beyond them.
-  void (*pack_rows)(const HeadShape& shape, const Bf16* h, std::size_t count, std::uint32_t* panels);
+  void (*pack_rows)(const HeadShape& shape, const Bf16* h, std::size_t count,
+                    std::uint32_t* panels);
   // The same rows, times their factors, as panels of interleaved words.
   void (*pack_scaled)(const HeadShape& shape, const Bf16* h, const float* factors,
                       std::size_t count, std::uint32_t* panels);

@@ -1,6 +1,6 @@
 // Causal attention by blocks of queries (Dao et al. 2022), for the `Floats` and `Pairs` of the
-// variant that includes this; see training.hpp and training_products.hpp. Scores are never in memory
-// beyond one block of queries (kBlock of them); backward computes them again.
+// variant that includes this; see training.hpp and training_products.hpp. Scores are never in
+// memory beyond one block of queries (kBlock of them); backward computes them again.
 
 static_assert(kAttentionWidthStep % kTileColumns == 0);
 

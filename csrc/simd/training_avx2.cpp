@@ -139,13 +139,13 @@ TINYLM_VARIANT inline Pairs pairs_of(Floats low, Floats high) {
 }  // namespace
 
 const TrainingKernels kTrainingKernelsAvx2 = {row_kernels<float>(),
-                                                  row_kernels<Bf16>(),
-                                                  norm_kernels<float, float>(),
-                                                  norm_kernels<float, Bf16>(),
-                                                  norm_kernels<Bf16, Bf16>(),
-                                                  attention_kernels(),
-                                                  head_kernels(),
-                                                  &muon_step};
+                                              row_kernels<Bf16>(),
+                                              norm_kernels<float, float>(),
+                                              norm_kernels<float, Bf16>(),
+                                              norm_kernels<Bf16, Bf16>(),
+                                              attention_kernels(),
+                                              head_kernels(),
+                                              &muon_step};
 
 }  // namespace tinylm
 #endif

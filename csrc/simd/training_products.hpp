@@ -7,8 +7,8 @@
 //   words       [row][pair of numbers]           as it is
 //   transposed  [pair of numbers][row]           to sum over its numbers, as the right factor
 //   interleaved [pair of rows][number]           to sum over its rows
-// The last two, where they have more than a few columns, in panels: kBlock columns of all rows, then
-// the next ones, so that a product walks through memory and not across it.
+// The last two, where they have more than a few columns, in panels: kBlock columns of all rows,
+// then the next ones, so that a product walks through memory and not across it.
 
 using Word = std::uint32_t;
 
