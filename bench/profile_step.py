@@ -98,7 +98,7 @@ def watched_step(trainer, number, stages):
     stages.begin(BACKWARD, HEAD)
     loss.backward()
     stages.begin(UPDATE, "clipping")
-    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+    trainer.step._clip()
     for part in trainer.optimizer._parts:
         stages.begin(UPDATE, type(part).__name__)
         part.step()
