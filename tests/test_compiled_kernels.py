@@ -330,6 +330,30 @@ def test_head_cross_entropy(rows: int, width: int, vocabulary: int) -> None:
             assert_close(got, wanted, torch.bfloat16, name, floor=1e-2)
 
 
+@pytest.mark.usefixtures("own_products")
+@pytest.mark.parametrize("width", [24, 32])
+def test_gradients_may_be_asked_for_again_and_scaled(width: int) -> None:
+    """They are found with the loss, and handed on as they are where nothing scales them."""
+    h = randn(40, width, dtype=torch.bfloat16).requires_grad_()
+    weight = randn(50, width, dtype=torch.float32, seed=1).requires_grad_()
+    loss = kernels.linear_cross_entropy(h, weight, torch.arange(40), backend="c++")
+    first = torch.autograd.grad(loss, (h, weight), retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, (h, weight), retain_graph=True)
+    loss = kernels.linear_cross_entropy(h, weight, torch.arange(40), backend="c++")
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    assert h.grad is not None
+    assert weight.grad is not None
+    for grad, once in zip((h.grad, weight.grad), kept, strict=True):
+        assert torch.equal(grad, 2 * once)
+    for scaled, once in zip(torch.autograd.grad(3 * loss, (h, weight)), kept, strict=True):
+        assert_close(scaled, 3 * once.double(), torch.bfloat16)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 80), st.sampled_from([32, 64]), st.integers(1, 140), st.booleans())
 def test_head_cross_entropy_of_any_size(N: int, C: int, V: int, with_bias: bool) -> None:

@@ -129,7 +129,7 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None or x.numel() == 0 else x.data_ptr()
 
 
-def head_refusal(h_NC: Tensor, dtype: torch.dtype, weight_VC: Tensor) -> str | None:
+def head_refusal(h_NC: Tensor, dtype: torch.dtype) -> str | None:
     """Why `head_cross_entropy` does not take products in ``dtype``."""
     C = h_NC.shape[1]
     if dtype != torch.bfloat16:

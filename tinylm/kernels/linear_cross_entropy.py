@@ -249,7 +249,7 @@ def _whole(
         return None
     from tinylm.kernels import compiled
 
-    if compiled.head_refusal(h_NC, terms.dtype, weight_VC) is not None:
+    if compiled.head_refusal(h_NC, terms.dtype) is not None:
         return None
     inputs = h_NC.to(terms.dtype), weight_VC, bias_V, targets_N, dloss_N
     loss_N, *gradients, right = compiled.head_cross_entropy(
