@@ -44,7 +44,7 @@ struct Problem {
     std::memcpy(&seed, data, std::min(size, sizeof seed));
     std::mt19937_64 random(seed);
     const auto below = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
-    rows = 1 + below(below(2) ? 600 : 40);
+    rows = 1 + below(below(8) ? 40 : 600);
     width = kHeadStep * (1 + below(3));
     vocabulary = 1 + below(below(4) ? 70 : 2200);
     with_bias = below(2), with_row_weights = below(2);

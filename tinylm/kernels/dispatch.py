@@ -63,7 +63,7 @@ _TORCH: dict[tuple[str, str], tuple[str, str]] = {
 # What the C++ kernels take on a CPU; other calls run as the torch implementation does.
 _COMPILED = {
     "causal_attention": "training in bf16, scores in cache",
-    "linear_cross_entropy": "without softcap; in bf16 no logits in memory",
+    "linear_cross_entropy": "without softcap",
     "muon": "in bf16, each matrix in cache from gradient to update",
     "norm_rotary": "one pass in bf16 and fp32",
     "rms_norm": "one pass in bf16 and fp32",
@@ -129,10 +129,28 @@ def _in_cpp(operator: str, device_type: str, kind: str, asked: str) -> Selection
     name, reason = torch_choice(operator, device_type)
     refusal = compiled_refusal(device_type)
     if refusal is None:
-        return Selection(operator, "c++", f"{_COMPILED[operator]}; else {name}", kind)
+        refusal, what = _in_products(operator)
+    if refusal is None:
+        return Selection(operator, "c++", f"{what}; else {name}", kind)
     if asked == "c++":
         _fall_back(operator, name, refusal, "in C++")
     return Selection(operator, name, f"{refusal}; {reason}", kind)
+
+
+def _in_products(operator: str) -> tuple[str | None, str]:
+    """Why no C++ kernel of the operator runs on this processor, and what those that do take.
+
+    Two rest on products of whole matrices of bf16, which torch may do faster: Muon is left to it,
+    and the cross-entropy only has it multiply.
+    """
+    from tinylm.kernels.compiled import products_refusal
+
+    refusal, what = products_refusal(), _COMPILED[operator]
+    if operator == "muon":
+        return refusal, what
+    if operator == "linear_cross_entropy":
+        what += f", logits in parts as {refusal}" if refusal else ", in bf16 no logits in memory"
+    return None, what
 
 
 def _measured(operator: str, device: torch.device, kind: str) -> Choice:
