@@ -13,6 +13,7 @@
 #include "bindings.hpp"
 #include "cross_entropy.hpp"
 #include "memory.hpp"
+#include "simd/instruction_set.hpp"
 #include "team.hpp"
 
 namespace py = pybind11;
@@ -28,7 +29,9 @@ T* memory(Address address) {
 }
 
 std::optional<std::string> faster_than_own_products() {
-  if (has_matrix_unit()) return "the processor multiplies bf16 in AMX, which torch uses";
+  if (has_matrix_unit() && best_instruction_set() < InstructionSet::kAmx) {
+    return "the processor multiplies bf16 in AMX, which torch may use and this build does not";
+  }
   if (multiplies_bf16(training_kernels())) return std::nullopt;
   return "the processor has no products of bf16";
 }

@@ -153,7 +153,7 @@ py::tuple encode_batch(const WordEncoder& encoder, const py::iterable& texts, bo
                        "; it must be uint16, int32 or uint32");
 }
 
-constexpr std::array<const char*, 3> kInstructionSets = {"portable", "avx2", "avx512"};
+constexpr std::array<const char*, 4> kInstructionSets = {"portable", "avx2", "avx512", "amx"};
 
 py::list instruction_sets() {
   py::list names;

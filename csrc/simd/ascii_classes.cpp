@@ -185,6 +185,7 @@ __attribute__((target("avx512f,avx512bw"))) void classify_avx512(const char* tex
 void classify_blocks(const char* text, std::size_t blocks, BlockClasses* classes) {
 #if TINYLM_X86_VARIANTS
   switch (instruction_set()) {
+    case InstructionSet::kAmx:
     case InstructionSet::kAvx512:
       return classify_avx512(text, blocks, classes);
     case InstructionSet::kAvx2:

@@ -96,7 +96,7 @@ struct AttentionKernels {
 
 // A model's head, with the exponentials of its logits: all of a chunk of rows of hidden states with
 // a range of tokens [begin, end). Logits are products of bf16, with sums in fp32. How matrices are
-// laid out: training_products.hpp. `rows`, padded with zeros, and `width` are multiples of
+// laid out: training_matrices.hpp. `rows`, padded with zeros, and `width` are multiples of
 // kHeadStep, `begin` as well, and memory of tokens goes up to the next one from `end`.
 struct HeadShape {
   std::size_t rows, width, vocabulary;
@@ -105,8 +105,8 @@ struct HeadShape {
 constexpr std::size_t kHeadStep = 32;
 
 struct HeadKernels {
-  // The weights of tokens [begin, end), rounded to bf16, as words [token][width / 2] and
-  // interleaved [token / 2][width], zeros beyond the vocabulary.
+  // The weights of tokens [begin, end), rounded to bf16, as words [token][width / 2] and as the left
+  // factor of sums over tokens, as much, zeros beyond the vocabulary.
   void (*pack_weight)(const HeadShape& shape, const float* weight, std::size_t begin,
                       std::size_t end, std::uint32_t* words, std::uint32_t* pairs);
   // `count` rows as panels of transposed words, zeros beyond them.
@@ -162,14 +162,13 @@ struct TrainingKernels {
   void (*muon_step)(const MuonMatrix& matrix, const MuonOptions& options);
 };
 
-extern const TrainingKernels kTrainingKernelsPortable, kTrainingKernelsAvx2, kTrainingKernelsAvx512;
+extern const TrainingKernels kTrainingKernelsPortable, kTrainingKernelsAvx2, kTrainingKernelsAvx512,
+    kTrainingKernelsAmx;
 
 // Those of instruction_set(), of AVX-512 only where it has products of bf16.
 const TrainingKernels& training_kernels();
 
-// Whether these multiply bf16 by instructions of the processor; whether that has a unit for whole
-// matrices of bf16 besides (AMX), which these do not use.
+// Whether these multiply bf16 by instructions of the processor.
 bool multiplies_bf16(const TrainingKernels& kernels);
-bool has_matrix_unit();
 
 }  // namespace tinylm

@@ -1,5 +1,5 @@
 // Causal attention by blocks of queries (Dao et al. 2022), for the `Floats` and `Pairs` of the
-// variant that includes this; see training.hpp and training_products.hpp. Scores are never in
+// variant that includes this; see training.hpp and training_matrices.hpp. Scores are never in
 // memory beyond one block of queries (kBlock of them); backward computes them again.
 
 static_assert(kAttentionWidthStep % kTileColumns == 0);
@@ -72,6 +72,7 @@ TINYLM_VARIANT void attention_forward(const AttentionShape& shape, HeadVectors<c
                                       std::size_t end) {
   const std::size_t T = shape.length, D = shape.width, padded = round_up(T);
   const std::size_t matrix = padded * D / 2;
+  const MatrixUnit unit;
   Scratch scratch(4 * matrix + kBlock * (padded + padded / 2 + D));
   Word* const words = scratch.words(matrix);  // of k, then of v, then of q
   Word* const k_transposed = scratch.words(matrix);
@@ -147,7 +148,9 @@ TINYLM_VARIANT void attention_backward(const AttentionShape& shape, HeadVectors<
                                        HeadVectors<Bf16> dv, std::size_t begin, std::size_t end) {
   const std::size_t T = shape.length, D = shape.width, padded = round_up(T);
   const std::size_t matrix = padded * D / 2;
-  Scratch scratch(12 * matrix + kBlock * (2 * padded + 3 * padded / 2 + D));
+  const MatrixUnit unit;
+  Scratch scratch(12 * matrix + kBlock * (2 * padded + 3 * padded / 2 + D) +
+                  left_room(kBlock * padded / 2));
   Word* const words = scratch.words(matrix);  // of k and v
   Word* const k_transposed = scratch.words(matrix);
   Word* const k_interleaved = scratch.words(matrix);
@@ -164,6 +167,7 @@ TINYLM_VARIANT void attention_backward(const AttentionShape& shape, HeadVectors<
   Word* const ds_pairs = scratch.words(kBlock * padded / 2);
   Word* const ds_words = scratch.words(kBlock * padded / 2);
   float* const sums = scratch.numbers(kBlock * D);
+  Word* const left = scratch.words(left_room(kBlock * padded / 2));
   for (std::size_t place = begin; place < end; ++place) {
     const std::size_t b = place / shape.heads, h = place % shape.heads;
     copy_words(v.at(b, h), v.stride.time, T, padded, D, words);
@@ -200,10 +204,10 @@ TINYLM_VARIANT void attention_backward(const AttentionShape& shape, HeadVectors<
         store_row(sums + i * D, shape.scale, dq.at(b, h) + (start + i) * dq.stride.time, D);
       }
       const std::size_t queries = start / 2 * D;  // where those of the block begin
-      multiply<true>({ds_pairs, 1, padded}, {q_interleaved + queries, D}, kBlock / 2, {dk_sums, D},
-                     keys, D);
-      multiply<true>({p_pairs, 1, padded}, {dout_interleaved + queries, D}, kBlock / 2,
-                     {dv_sums, D}, keys, D);
+      multiply<true>(left_of(ds_pairs, padded, kBlock / 2, keys, left),
+                     {q_interleaved + queries, D}, kBlock / 2, {dk_sums, D}, keys, D);
+      multiply<true>(left_of(p_pairs, padded, kBlock / 2, keys, left),
+                     {dout_interleaved + queries, D}, kBlock / 2, {dv_sums, D}, keys, D);
     }
     for (std::size_t t = 0; t < T; ++t) {
       store_row(dk_sums + t * D, shape.scale, dk.at(b, h) + t * dk.stride.time, D);

@@ -130,6 +130,7 @@ TINYLM_VARIANT inline Pairs pairs_of(Floats low, Floats high) {
 
 // clang-format off: each uses those before it.
 #include "simd/training_rows.hpp"
+#include "simd/training_matrices.hpp"
 #include "simd/training_products.hpp"
 #include "simd/training_attention.hpp"
 #include "simd/training_head.hpp"

@@ -1,5 +1,5 @@
 // A model's head for the `Floats` and `Pairs` of the variant that includes this; see HeadKernels in
-// training.hpp and training_products.hpp. Tokens are the rows of every product and rows of hidden
+// training.hpp and training_matrices.hpp. Tokens are the rows of every product and rows of hidden
 // states its columns: so the weights are left factors, which need no panels, and sums over the
 // vocabulary are sums of vectors.
 
@@ -10,19 +10,27 @@ constexpr std::size_t kTokens = 128;
 
 TINYLM_VARIANT void pack_weight(const HeadShape& shape, const float* weight, std::size_t begin,
                                 std::size_t end, Word* words, Word* pairs) {
-  const std::size_t width = shape.width;
+  const std::size_t width = shape.width, block = kBlock / 2 * width;  // words of kBlock tokens
   const std::unique_ptr<float[]> zeros(new float[width]());
-  for (std::size_t token = begin; token < round_up(end); token += 2) {
-    const float* rows[2];
-    for (std::size_t i = 0; i < 2; ++i) {
-      rows[i] = token + i < shape.vocabulary ? weight + (token + i) * width : zeros.get();
-      auto* const to = reinterpret_cast<Bf16*>(words + (token + i) * width / 2);
-      for (std::size_t at = 0; at < width; at += kWidth) store(to + at, load(rows[i] + at));
+  Scratch scratch(left_room(block));
+  Word* const room = scratch.words(left_room(block));
+  for (std::size_t token = begin; token < round_up(end); token += kBlock) {
+    Word* const packed = pairs + token / 2 * width;
+    Word* const interleaved = left_room(block) == 0 ? packed : room;
+    for (std::size_t t = 0; t < kBlock; t += 2) {
+      const float* rows[2];
+      for (std::size_t i = 0; i < 2; ++i) {
+        const std::size_t own = token + t + i;
+        rows[i] = own < shape.vocabulary ? weight + own * width : zeros.get();
+        auto* const to = reinterpret_cast<Bf16*>(words + own * width / 2);
+        for (std::size_t at = 0; at < width; at += kWidth) store(to + at, load(rows[i] + at));
+      }
+      Word* const to = interleaved + t / 2 * width;
+      for (std::size_t at = 0; at < width; at += kWidth) {
+        store_pairs(to + at, pairs_of(load(rows[0] + at), load(rows[1] + at)));
+      }
     }
-    Word* const to = pairs + token / 2 * width;
-    for (std::size_t at = 0; at < width; at += kWidth) {
-      store_pairs(to + at, pairs_of(load(rows[0] + at), load(rows[1] + at)));
-    }
+    left_of(interleaved, width, kBlock / 2, width, packed);
   }
 }
 
@@ -82,6 +90,7 @@ TINYLM_VARIANT void head_forward(const HeadShape& shape, const Word* words, cons
                                  const float* bias, const Word* h_panels, std::size_t begin,
                                  std::size_t end, Bf16* exponentials, float* sum, float* dh) {
   const std::size_t width = shape.width, rows = shape.rows, steps = width / 2;
+  const MatrixUnit unit;
   Scratch scratch(kTokens / 2 * kBlock);
   Word* const local = scratch.words(kTokens / 2 * kBlock);
   std::memset(sum, 0, rows * sizeof(float));
@@ -94,13 +103,13 @@ TINYLM_VARIANT void head_forward(const HeadShape& shape, const Word* words, cons
         for (std::size_t column = 0; column < kBlock; column += kTileColumns) {
           const Left left{words + own * steps, steps, 1};
           const Right right{h_panels + row * steps + column, kBlock};
-          Tile tile = plus_product(zeros(), left, right, steps);
+          Tile tile = product(left, right, steps);
           exponentials_of(tile, bias == nullptr ? nullptr : bias + own, known, rows,
                           exponentials + own * rows + row + column, local + t / 2 * kBlock + column,
                           sum + row + column);
         }
       }
-      const Left left{pairs + token / 2 * width, 1, width};
+      const Left left{pairs + token / 2 * width, kLeftRowStride, width};
       const Numbers out{dh + row * width, kBlock};
       if (token == begin) {
         multiply<false>(left, {local, kBlock}, count / 2, out, width, kBlock);
@@ -129,25 +138,24 @@ TINYLM_VARIANT void weight_gradient(const HeadShape& shape, const Bf16* exponent
                                     const Word* scaled_panels, std::size_t begin, std::size_t end,
                                     bool accumulate, float* dweight) {
   const std::size_t width = shape.width, steps = shape.rows / 2;
-  const auto* const words = reinterpret_cast<const Word*>(exponentials);
-  float last[kTileRows * kTileColumns];  // where some tokens of a tile are none
+  const std::size_t whole = end - (end - begin) % kTileRows;  // below it, tokens in whole tiles
+  const Left left{reinterpret_cast<const Word*>(exponentials), steps, 1};
+  const MatrixUnit unit;
   for (std::size_t column = 0; column < width; column += kTileColumns) {
     const Right right{scaled_panels + column / kBlock * steps * kBlock + column % kBlock, kBlock};
-    for (std::size_t token = begin; token < end; token += kTileRows) {
-      const Left left{words + token * steps, steps, 1};
-      float* const to = dweight + token * width + column;
-      if (token + kTileRows > shape.vocabulary) {
-        multiply_tile<false>(left, right, steps, {last, kTileColumns});
-        for (std::size_t row = 0; row < shape.vocabulary - token; ++row) {
-          for (std::size_t i = 0; i < kTileColumns; ++i) {
-            float& number = to[row * width + i];
-            number = last[row * kTileColumns + i] + (accumulate ? number : 0.0f);
-          }
-        }
-      } else if (accumulate) {
-        multiply_tile<true>(left, right, steps, {to, width});
-      } else {
-        multiply_tile<false>(left, right, steps, {to, width});
+    const Numbers out{dweight + begin * width + column, width};
+    if (accumulate) {
+      multiply<true>(left.from_row(begin), right, steps, out, whole - begin, kTileColumns);
+    } else {
+      multiply<false>(left.from_row(begin), right, steps, out, whole - begin, kTileColumns);
+    }
+    if (whole == end) continue;
+    float last[kTileRows * kTileColumns];
+    multiply_tile<false>(left.from_row(whole), right, steps, {last, kTileColumns});
+    for (std::size_t row = 0; row < end - whole; ++row) {
+      for (std::size_t i = 0; i < kTileColumns; ++i) {
+        float& number = dweight[(whole + row) * width + column + i];
+        number = last[row * kTileColumns + i] + (accumulate ? number : 0.0f);
       }
     }
   }

@@ -1,5 +1,5 @@
 // A step of Muon (Jordan et al. 2024) for the `Floats` and `Pairs` of the variant that includes
-// this; see MuonMatrix in training.hpp and training_products.hpp. A matrix stays in cache from its
+// this; see MuonMatrix in training.hpp and training_matrices.hpp. A matrix stays in cache from its
 // gradient to its update.
 
 static_assert(kMuonStep == kBlock);
@@ -17,13 +17,14 @@ TINYLM_VARIANT inline void transpose_matrix(const float* from, std::size_t rows,
 }
 
 // out = xᵀ x of the panels of x interleaved, `pairs` pairs of rows: a pair of rows at a column is
-// the word of either factor. It is symmetric: what is below the diagonal is copied.
+// the word of either factor. It is symmetric: what is below the diagonal is copied. `room` is for one
+// panel as a left factor.
 TINYLM_VARIANT inline void multiply_by_itself(const Word* panels, std::size_t pairs,
-                                              std::size_t columns, float* out) {
-  const auto panel = [&](std::size_t column) { return panels + column * pairs; };
-  for (std::size_t right = 0; right < columns; right += kBlock) {
-    for (std::size_t left = 0; left <= right; left += kBlock) {
-      multiply<false>({panel(left), 1, kBlock}, {panel(right), kBlock}, pairs,
+                                              std::size_t columns, Word* room, float* out) {
+  for (std::size_t left = 0; left < columns; left += kBlock) {
+    const Left factor = left_of(panels + left * pairs, kBlock, pairs, kBlock, room);
+    for (std::size_t right = left; right < columns; right += kBlock) {
+      multiply<false>(factor, {panels + right * pairs, kBlock}, pairs,
                       {out + left * columns + right, columns}, kBlock, kBlock);
       if (left == right) continue;
       for (std::size_t j = 0; j < kBlock; ++j) {
@@ -60,7 +61,7 @@ TINYLM_VARIANT inline Floats rounded_to_bf16(Floats x) {
 struct NewtonSchulz {
   std::size_t rows, columns;
   Floats a, b, c;
-  Word *words, *pairs, *gram_pairs;
+  Word *words, *pairs, *gram_pairs, *room;
   float *gram, *gram_squared;
 };
 
@@ -78,7 +79,7 @@ TINYLM_VARIANT inline void iterate(const NewtonSchulz& run, float* x) {
       store(place.high, high * run.a);
     }
   }
-  multiply_by_itself(run.pairs, rows / 2, columns, run.gram);
+  multiply_by_itself(run.pairs, rows / 2, columns, run.room, run.gram);
   for (std::size_t row = 0; row < columns; row += 2) {
     for (std::size_t at = 0; at < columns; at += kWidth) {
       const RowPair place = row_pair(run.gram, run.gram_pairs, row, at, columns, columns);
@@ -88,7 +89,7 @@ TINYLM_VARIANT inline void iterate(const NewtonSchulz& run, float* x) {
       store(place.high, high);
     }
   }
-  multiply_by_itself(run.gram_pairs, columns / 2, columns, run.gram_squared);
+  multiply_by_itself(run.gram_pairs, columns / 2, columns, run.room, run.gram_squared);
   for (std::size_t row = 0; row < columns; row += 2) {
     for (std::size_t at = 0; at < columns; at += kWidth) {
       const RowPair place = row_pair(run.gram, run.gram_pairs, row, at, columns, columns);
@@ -125,8 +126,9 @@ TINYLM_VARIANT void muon_step(const MuonMatrix& matrix, const MuonOptions& optio
   const bool wide = matrix.rows < matrix.columns;
   const std::size_t rows = std::max(matrix.rows, matrix.columns),
                     columns = std::min(matrix.rows, matrix.columns), count = rows * columns,
-                    square = columns * columns;
-  Scratch scratch(3 * count + 5 * square / 2);
+                    square = columns * columns, room = left_room(rows / 2 * kBlock);
+  const MatrixUnit unit;
+  Scratch scratch(3 * count + 5 * square / 2 + room);
   float* const ahead = scratch.numbers(count);
   float* const x = wide ? scratch.numbers(count) : ahead;
   const NewtonSchulz run{rows,
@@ -137,6 +139,7 @@ TINYLM_VARIANT void muon_step(const MuonMatrix& matrix, const MuonOptions& optio
                          scratch.words(count / 2),
                          scratch.words(count / 2),
                          scratch.words(square / 2),
+                         scratch.words(room),
                          scratch.numbers(square),
                          scratch.numbers(square)};
   const float length = std::sqrt(follow(matrix, options.momentum, ahead)) + 1e-7f;

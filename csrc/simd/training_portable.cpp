@@ -8,9 +8,6 @@
 #include "simd/instruction_set.hpp"
 #include "simd/training.hpp"
 
-#if TINYLM_X86_VARIANTS
-#include <cpuid.h>
-#endif
 
 #define TINYLM_VARIANT
 
@@ -153,6 +150,7 @@ Pairs pairs_of(Floats low, Floats high) {
 
 // clang-format off: each uses those before it.
 #include "simd/training_rows.hpp"
+#include "simd/training_matrices.hpp"
 #include "simd/training_products.hpp"
 #include "simd/training_attention.hpp"
 #include "simd/training_head.hpp"
@@ -175,28 +173,21 @@ const TrainingKernels& training_kernels() {
   static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
   static const bool has_fma = __builtin_cpu_supports("fma");
   const InstructionSet set = instruction_set();
-  if (set == InstructionSet::kAvx512 && has_bf16) return kTrainingKernelsAvx512;
+#if TINYLM_AMX_VARIANT
+  if (set == InstructionSet::kAmx) return kTrainingKernelsAmx;
+#endif
+  if (set >= InstructionSet::kAvx512 && has_bf16) return kTrainingKernelsAvx512;
   if (set != InstructionSet::kPortable && has_fma) return kTrainingKernelsAvx2;
 #endif
   return kTrainingKernelsPortable;
 }
 
 bool multiplies_bf16(const TrainingKernels& kernels) {
+#if TINYLM_AMX_VARIANT
+  if (&kernels == &kTrainingKernelsAmx) return true;
+#endif
 #if TINYLM_X86_VARIANTS
   return &kernels == &kTrainingKernelsAvx512;
-#else
-  return false;
-#endif
-}
-
-bool has_matrix_unit() {
-#if TINYLM_X86_VARIANTS
-  // AMX-BF16 is bit 22 of EDX in leaf 7; not every compiler knows it by name.
-  static const bool has_unit = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 22 & 1) != 0;
-  }();
-  return has_unit;
 #else
   return false;
 #endif

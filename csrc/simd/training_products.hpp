@@ -1,54 +1,24 @@
-// Products of matrices of bf16, for the `Floats` and `Pairs` of the variant that includes this; see
-// training.hpp and training_rows.hpp.
-//
-// All multiply words of two bf16 that are neighbours along the dimension summed over: one such word
-// of the left factor, in every lane, with a vector of them of the right. So each matrix is laid out
-// once for each dimension that is summed over:
-//   words       [row][pair of numbers]           as it is
-//   transposed  [pair of numbers][row]           to sum over its numbers, as the right factor
-//   interleaved [pair of rows][number]           to sum over its rows
-// The last two, where they have more than a few columns, in panels: kBlock columns of all rows,
-// then the next ones, so that a product walks through memory and not across it.
+// Products of matrices of bf16 by vectors, for the `Floats` and `Pairs` of the variant that includes
+// this; see training_matrices.hpp. A word of the left factor, in every lane, is multiplied with a
+// vector of words of the right.
 
-using Word = std::uint32_t;
-
-// What lengths are rounded up to, and how many columns a panel has: a multiple of two vectors.
-constexpr std::size_t kBlock = 32;
-constexpr std::size_t kTileColumns = 2 * kWidth;
-static_assert(kBlock % kTileColumns == 0 && kBlock % kTileRows == 0 && kTileRows % 2 == 0);
-
-inline std::size_t round_up(std::size_t length) { return (length + kBlock - 1) / kBlock * kBlock; }
-
-// The left factor: word (row, step) is data[row * row_stride + step * step_stride].
-struct Left {
-  const Word* data;
-  std::size_t row_stride, step_stride;
+// What products need of a thread; nothing here.
+struct MatrixUnit {
+  MatrixUnit() {}
 };
 
-// The right factor: a vector of words (step, column) begins at data[step * stride + column].
-struct Right {
-  const Word* data;
-  std::size_t stride;
-};
+// How far apart two rows are in an interleaved matrix that is a left factor, and the words that
+// copying one for that takes: here it is one as it is.
+constexpr std::size_t kLeftRowStride = 1;
+constexpr std::size_t left_room(std::size_t) { return 0; }
 
-struct Numbers {
-  float* data;
-  std::size_t stride;
-};
-
-// kTileRows × kTileColumns sums of products, in registers.
-struct Tile {
-  Floats sums[kTileRows][2];
-};
-
-TINYLM_VARIANT inline Tile zeros() {
-  Tile tile;
-  for (auto& row : tile.sums) row[0] = row[1] = Floats::all(0.0f);
-  return tile;
+// `rows` numbers of `pairs` pairs of rows, `stride` words apart, as a left factor.
+inline Left left_of(const Word* interleaved, std::size_t stride, std::size_t, std::size_t, Word*) {
+  return {interleaved, kLeftRowStride, stride};
 }
 
-// The sum of `tile` and a product. By value: with a reference, compilers write every sum to memory
-// at every step.
+// The sum of `tile` and a product, in registers. By value: with a reference, compilers write every
+// sum to memory at every step.
 TINYLM_VARIANT inline Tile plus_product(Tile tile, Left left, Right right, std::size_t steps) {
   for (std::size_t step = 0; step < steps; ++step) {
     const Word* const r = right.data + step * right.stride;
@@ -64,18 +34,26 @@ TINYLM_VARIANT inline Tile plus_product(Tile tile, Left left, Right right, std::
   return tile;
 }
 
+TINYLM_VARIANT inline Tile product(Left left, Right right, std::size_t steps) {
+  Tile tile;
+  for (auto& row : tile.sums) row[0] = row[1] = Floats::all(0.0f);
+  return plus_product(tile, left, right, steps);
+}
+
 // out (+)= left right, kTileRows × kTileColumns of it.
 template <bool accumulate>
 TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t steps, Numbers out) {
-  Tile tile = zeros();
+  Tile tile;
   if (accumulate) {
     for (std::size_t row = 0; row < kTileRows; ++row) {
       for (std::size_t i = 0; i < 2; ++i) {
         tile.sums[row][i] = load(out.data + row * out.stride + i * kWidth);
       }
     }
+    tile = plus_product(tile, left, right, steps);
+  } else {
+    tile = product(left, right, steps);
   }
-  tile = plus_product(tile, left, right, steps);
   for (std::size_t row = 0; row < kTileRows; ++row) {
     for (std::size_t i = 0; i < 2; ++i) {
       store(out.data + row * out.stride + i * kWidth, tile.sums[row][i]);
@@ -83,31 +61,14 @@ TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t ste
   }
 }
 
+// out (+)= left right; `rows` and `columns` are multiples of kTileRows and kTileColumns.
 template <bool accumulate>
 TINYLM_VARIANT void multiply(Left left, Right right, std::size_t steps, Numbers out,
                              std::size_t rows, std::size_t columns) {
   for (std::size_t column = 0; column < columns; column += kTileColumns) {
     for (std::size_t row = 0; row < rows; row += kTileRows) {
-      multiply_tile<accumulate>(
-          {left.data + row * left.row_stride, left.row_stride, left.step_stride},
-          {right.data + column, right.stride}, steps,
-          {out.data + row * out.stride + column, out.stride});
+      multiply_tile<accumulate>(left.from_row(row), right.from_column(column), steps,
+                                {out.data + row * out.stride + column, out.stride});
     }
   }
 }
-
-// Memory on whole cache lines, given out piece by piece.
-class Scratch {
- public:
-  explicit Scratch(std::size_t words) : memory_(new Word[words + kLine]), next_(memory_.get()) {
-    const auto address = reinterpret_cast<std::uintptr_t>(next_);
-    next_ += (kLine - address / sizeof(Word) % kLine) % kLine;
-  }
-  Word* words(std::size_t count) { return std::exchange(next_, next_ + count); }
-  float* numbers(std::size_t count) { return reinterpret_cast<float*>(words(count)); }
-
- private:
-  static constexpr std::size_t kLine = 64 / sizeof(Word);
-  std::unique_ptr<Word[]> memory_;
-  Word* next_;
-};

@@ -35,7 +35,7 @@ const WordKernels& word_kernels() {
   static const bool has_vbmi2 =
       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   const InstructionSet set = instruction_set();
-  if (set == InstructionSet::kAvx512 && has_vbmi2) return kWordKernelsAvx512;
+  if (set >= InstructionSet::kAvx512 && has_vbmi2) return kWordKernelsAvx512;
   if (set != InstructionSet::kPortable) return kWordKernelsAvx2;
 #endif
   return kWordKernelsPortable;
