@@ -10,9 +10,6 @@
 namespace tinylm {
 namespace {
 
-// Rows whose exponentials are in memory together, of all tokens: 5 MB of 10,000. More would write
-// dweight less often.
-constexpr std::size_t kChunkRows = 256;
 // Tokens that a thread takes at a time, and whose sums stand by themselves until they are added up
 // in order: so the number of threads changes no bit.
 constexpr std::size_t kBlockTokens = 1024;
@@ -35,7 +32,7 @@ class Head {
         kernels_(training_kernels().head),
         blocks_((call.vocabulary + kBlockTokens - 1) / kBlockTokens),
         threads_(std::min(threads, static_cast<int>(blocks_))),
-        largest_chunk_(std::min(kChunkRows, rounded_up(call.rows, kHeadStep))) {
+        largest_chunk_(std::min(kernels_.rows, rounded_up(call.rows, kHeadStep))) {
     const std::size_t tokens = rounded_up(call.vocabulary, kHeadStep), chunk = largest_chunk_;
     words_ = memory_of<std::uint32_t>(tokens * call.width / 2);
     pairs_ = memory_of<std::uint32_t>(tokens * call.width / 2);
@@ -46,13 +43,14 @@ class Head {
     scaled_panels_ = memory_of<std::uint32_t>(chunk * call.width / 2);
     factors_ = memory_of<float>(chunk);
     corrections_ = memory_of<float>(chunk);
+    own_logits_ = memory_of<float>(chunk);
     targets_ = memory_of<std::int64_t>(chunk);
   }
 
   bool run() {
     if (call_.dbias != nullptr) std::fill_n(call_.dbias, call_.vocabulary, 0.0f);
-    for (std::size_t start = 0; start < call_.rows; start += kChunkRows) {
-      if (!chunk(start, std::min(kChunkRows, call_.rows - start))) return false;
+    for (std::size_t start = 0; start < call_.rows; start += largest_chunk_) {
+      if (!chunk(start, std::min(largest_chunk_, call_.rows - start))) return false;
     }
     return true;
   }
@@ -89,7 +87,7 @@ class Head {
       const std::int64_t target = call_.targets[start + row];
       targets_[row] = target == call_.ignored ? 0 : target;
     }
-    float own[kChunkRows];
+    float* const own = own_logits_.get();
     kernels_.target_logits(shape, words_.get(), call_.bias, call_.h + start * call_.width,
                            targets_.get(), count, own);
     std::fill(factors_.get() + count, factors_.get() + shape.rows, 0.0f);
@@ -166,7 +164,7 @@ class Head {
   const std::size_t largest_chunk_;
   std::unique_ptr<std::uint32_t[]> words_, pairs_, h_panels_, scaled_panels_;
   std::unique_ptr<Bf16[]> exponentials_;
-  std::unique_ptr<float[]> sums_, dh_blocks_, factors_, corrections_;
+  std::unique_ptr<float[]> sums_, dh_blocks_, factors_, corrections_, own_logits_;
   std::unique_ptr<std::int64_t[]> targets_;
 };
 

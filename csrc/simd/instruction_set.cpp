@@ -54,7 +54,8 @@ void use_instruction_set(InstructionSet chosen) { in_use().store(chosen); }
 
 bool has_matrix_unit() {
 #if TINYLM_X86_VARIANTS
-  // AMX-TILE and AMX-BF16 are bits 24 and 22 of EDX in leaf 7; not every compiler knows their names.
+  // AMX-TILE and AMX-BF16 are bits 24 and 22 of EDX in leaf 7; not every compiler knows their
+  // names.
   constexpr unsigned kBits = 1u << 24 | 1u << 22;
   static const bool has_unit = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;

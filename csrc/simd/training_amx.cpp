@@ -18,15 +18,15 @@
 #include <immintrin.h>
 
 #define TINYLM_VARIANT \
-  __attribute__((target(       \
-      "amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
+  __attribute__((      \
+      target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 
 namespace tinylm {
 namespace {
 
 #include "simd/training_vectors_avx512.hpp"
 
-constexpr std::size_t kTileRows = 32;
+constexpr std::size_t kTileRows = 32, kHeadRows = 512;
 
 // clang-format off: each uses those before it.
 #include "simd/training_rows.hpp"
@@ -40,13 +40,13 @@ constexpr std::size_t kTileRows = 32;
 }  // namespace
 
 const TrainingKernels kTrainingKernelsAmx = {row_kernels<float>(),
-                                                row_kernels<Bf16>(),
-                                                norm_kernels<float, float>(),
-                                                norm_kernels<float, Bf16>(),
-                                                norm_kernels<Bf16, Bf16>(),
-                                                attention_kernels(),
-                                                head_kernels(),
-                                                &muon_step};
+                                             row_kernels<Bf16>(),
+                                             norm_kernels<float, float>(),
+                                             norm_kernels<float, Bf16>(),
+                                             norm_kernels<Bf16, Bf16>(),
+                                             attention_kernels(),
+                                             head_kernels(),
+                                             &muon_step};
 
 }  // namespace tinylm
 #endif

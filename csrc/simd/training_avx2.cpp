@@ -16,7 +16,7 @@
 namespace tinylm {
 namespace {
 
-constexpr std::size_t kWidth = 8, kTileRows = 4;
+constexpr std::size_t kWidth = 8, kTileRows = 4, kHeadRows = 256;
 
 struct Floats {
   __m256 v;
@@ -126,6 +126,13 @@ TINYLM_VARIANT inline Pairs pairs_of(const Bf16* low, const Bf16* high) {
 }
 TINYLM_VARIANT inline Pairs pairs_of(Floats low, Floats high) {
   return pairs_of(rounded(low), rounded(high));
+}
+
+TINYLM_VARIANT inline void store_rows_and_pairs(Floats low, Floats high, Bf16* to_low,
+                                                Bf16* to_high, std::uint32_t* to_pairs) {
+  store(to_low, low);
+  store(to_high, high);
+  store_pairs(to_pairs, pairs_of(low, high));
 }
 
 // clang-format off: each uses those before it.

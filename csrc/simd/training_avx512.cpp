@@ -24,7 +24,7 @@ namespace {
 
 #include "simd/training_vectors_avx512.hpp"
 
-constexpr std::size_t kTileRows = 8;
+constexpr std::size_t kTileRows = 8, kHeadRows = 256;
 
 // clang-format off: each uses those before it.
 #include "simd/training_rows.hpp"

@@ -64,25 +64,27 @@ TINYLM_VARIANT void pack_scaled(const HeadShape& shape, const Bf16* h, const flo
 }
 
 // The exponentials of a tile of logits: to `exponentials` [token][rows], to `local`, the pairs of
-// tokens of one panel, and added to sum. Tokens from `known` on, of those in the tile, are none.
-TINYLM_VARIANT inline void exponentials_of(Tile& tile, const float* bias, std::size_t known,
+// tokens of one panel, and added to sum. Tokens from `known` on, of those in the tile, are none;
+// `plain` tiles have only known ones, and no bias.
+template <bool plain>
+TINYLM_VARIANT inline void exponentials_of(const Tile& tile, const float* bias, std::size_t known,
                                            std::size_t rows, Bf16* exponentials, Word* local,
                                            float* sum) {
   for (std::size_t i = 0; i < 2; ++i) {
-    Floats total = load(sum + i * kWidth);
-    for (std::size_t row = 0; row < kTileRows; ++row) {
-      Floats z = tile.sums[row][i];
-      if (bias != nullptr && row < known) z = z + Floats::all(bias[row]);
-      const Floats e = row < known ? exp(z) : Floats::all(0.0f);
-      total = total + e;
-      tile.sums[row][i] = e;
-      store(exponentials + row * rows + i * kWidth, e);
-    }
-    store(sum + i * kWidth, total);
+    Floats totals[2] = {load(sum + i * kWidth), Floats::all(0.0f)};
     for (std::size_t row = 0; row < kTileRows; row += 2) {
-      store_pairs(local + row / 2 * kBlock + i * kWidth,
-                  pairs_of(tile.sums[row][i], tile.sums[row + 1][i]));
+      Floats e[2];
+      for (std::size_t j = 0; j < 2; ++j) {
+        Floats z = tile.sums[row + j][i];
+        const bool is_known = plain || row + j < known;
+        if (!plain && bias != nullptr && is_known) z = z + Floats::all(bias[row + j]);
+        e[j] = is_known ? exp(z) : Floats::all(0.0f);
+        totals[j] = totals[j] + e[j];
+      }
+      Bf16* const to = exponentials + row * rows + i * kWidth;
+      store_rows_and_pairs(e[0], e[1], to, to + rows, local + row / 2 * kBlock + i * kWidth);
     }
+    store(sum + i * kWidth, totals[0] + totals[1]);
   }
 }
 
@@ -103,10 +105,16 @@ TINYLM_VARIANT void head_forward(const HeadShape& shape, const Word* words, cons
         for (std::size_t column = 0; column < kBlock; column += kTileColumns) {
           const Left left{words + own * steps, steps, 1};
           const Right right{h_panels + row * steps + column, kBlock};
-          Tile tile = product(left, right, steps);
-          exponentials_of(tile, bias == nullptr ? nullptr : bias + own, known, rows,
-                          exponentials + own * rows + row + column, local + t / 2 * kBlock + column,
-                          sum + row + column);
+          const Tile tile = product(left, right, steps);
+          Bf16* const to = exponentials + own * rows + row + column;
+          Word* const local_to = local + t / 2 * kBlock + column;
+          float* const sum_to = sum + row + column;
+          if (bias == nullptr && known >= kTileRows) {
+            exponentials_of<true>(tile, nullptr, known, rows, to, local_to, sum_to);
+          } else {
+            const float* const own_bias = bias == nullptr ? nullptr : bias + own;
+            exponentials_of<false>(tile, own_bias, known, rows, to, local_to, sum_to);
+          }
         }
       }
       const Left left{pairs + token / 2 * width, kLeftRowStride, width};
@@ -174,6 +182,6 @@ TINYLM_VARIANT void bias_gradient(const HeadShape& shape, const Bf16* exponentia
 }
 
 constexpr HeadKernels head_kernels() {
-  return {&pack_weight,   &pack_rows,       &pack_scaled,  &head_forward,
-          &target_logits, &weight_gradient, &bias_gradient};
+  return {kHeadRows,     &pack_weight,   &pack_rows,       &pack_scaled,
+          &head_forward, &target_logits, &weight_gradient, &bias_gradient};
 }

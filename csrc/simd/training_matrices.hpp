@@ -1,8 +1,8 @@
-// How matrices of bf16 lie in memory for their products, which training_products.hpp makes of vectors
-// and training_products_amx.hpp of tiles; included by each variant, see training.hpp.
+// How matrices of bf16 lie in memory for their products, which training_products.hpp makes of
+// vectors and training_products_amx.hpp of tiles; included by each variant, see training.hpp.
 //
-// All multiply words of two bf16 that are neighbours along the dimension summed over. So each matrix
-// is laid out once for each dimension that is summed over:
+// All multiply words of two bf16 that are neighbours along the dimension summed over. So each
+// matrix is laid out once for each dimension that is summed over:
 //   words       [row][pair of numbers]           as it is, the left factor of sums over its numbers
 //   transposed  [pair of numbers][row]           the right factor of the same
 //   interleaved [pair of rows][number]           to sum over its rows
@@ -24,7 +24,9 @@ struct Left {
   const Word* data;
   std::size_t row_stride, step_stride;
 
-  Left from_row(std::size_t row) const { return {data + row * row_stride, row_stride, step_stride}; }
+  Left from_row(std::size_t row) const {
+    return {data + row * row_stride, row_stride, step_stride};
+  }
 };
 
 // The right factor: a vector of words (step, column) begins at data[step * stride + column].

@@ -17,8 +17,8 @@ TINYLM_VARIANT inline void transpose_matrix(const float* from, std::size_t rows,
 }
 
 // out = xᵀ x of the panels of x interleaved, `pairs` pairs of rows: a pair of rows at a column is
-// the word of either factor. It is symmetric: what is below the diagonal is copied. `room` is for one
-// panel as a left factor.
+// the word of either factor. It is symmetric: what is below the diagonal is copied. `room` is for
+// one panel as a left factor.
 TINYLM_VARIANT inline void multiply_by_itself(const Word* panels, std::size_t pairs,
                                               std::size_t columns, Word* room, float* out) {
   for (std::size_t left = 0; left < columns; left += kBlock) {

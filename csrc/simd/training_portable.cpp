@@ -8,13 +8,12 @@
 #include "simd/instruction_set.hpp"
 #include "simd/training.hpp"
 
-
 #define TINYLM_VARIANT
 
 namespace tinylm {
 namespace {
 
-constexpr std::size_t kWidth = 8, kTileRows = 4;
+constexpr std::size_t kWidth = 8, kTileRows = 4, kHeadRows = 256;
 
 std::uint32_t bits_of(float x) {
   std::uint32_t bits;
@@ -146,6 +145,13 @@ Pairs pairs_of(Floats low, Floats high) {
   store(numbers[0], low);
   store(numbers[1], high);
   return pairs_of(numbers[0], numbers[1]);
+}
+
+void store_rows_and_pairs(Floats low, Floats high, Bf16* to_low, Bf16* to_high,
+                          std::uint32_t* to_pairs) {
+  store(to_low, low);
+  store(to_high, high);
+  store_pairs(to_pairs, pairs_of(low, high));
 }
 
 // clang-format off: each uses those before it.

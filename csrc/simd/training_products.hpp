@@ -1,6 +1,6 @@
-// Products of matrices of bf16 by vectors, for the `Floats` and `Pairs` of the variant that includes
-// this; see training_matrices.hpp. A word of the left factor, in every lane, is multiplied with a
-// vector of words of the right.
+// Products of matrices of bf16 by vectors, for the `Floats` and `Pairs` of the variant that
+// includes this; see training_matrices.hpp. A word of the left factor, in every lane, is multiplied
+// with a vector of words of the right.
 
 // What products need of a thread; nothing here.
 struct MatrixUnit {

@@ -1,6 +1,6 @@
 // Products of matrices of bf16 by the processor's tiles (Intel AMX), 16 rows of 16 words each; see
-// training_matrices.hpp and, for the same by vectors, training_products.hpp. Instructions are written
-// out: of GCC's own functions those that read memory do not say so.
+// training_matrices.hpp and, for the same by vectors, training_products.hpp. Instructions are
+// written out: of GCC's own functions those that read memory do not say so.
 
 constexpr std::size_t kUnit = 16;  // rows, and words in a row, of a tile
 
@@ -70,14 +70,14 @@ TINYLM_VARIANT inline Left left_of(const Word* interleaved, std::size_t stride, 
   return {room, kLeftRowStride, rows};
 }
 
-#define TINYLM_LOAD_TILE(tile, from, stride_in_words)                            \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile                                \
-               :                                                                 \
+#define TINYLM_LOAD_TILE(tile, from, stride_in_words)                                     \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile                                         \
+               :                                                                          \
                : "r"(from), "r"(static_cast<std::size_t>(stride_in_words) * sizeof(Word)) \
                : "memory")
-#define TINYLM_STORE_TILE(tile, to, stride_in_words)                             \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)"                            \
-               :                                                                 \
+#define TINYLM_STORE_TILE(tile, to, stride_in_words)                                    \
+  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)"                                   \
+               :                                                                        \
                : "r"(to), "r"(static_cast<std::size_t>(stride_in_words) * sizeof(Word)) \
                : "memory")
 

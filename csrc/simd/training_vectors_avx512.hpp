@@ -72,6 +72,17 @@ TINYLM_VARIANT inline Pairs pairs_of(__m512i low, __m512i high) {
 TINYLM_VARIANT inline Pairs pairs_of(const Bf16* low, const Bf16* high) {
   return pairs_of(widened(low), widened(high));
 }
+// Rounds two rows once, and stores each of them and their pairs.
+TINYLM_VARIANT inline void store_rows_and_pairs(Floats low, Floats high, Bf16* to_low,
+                                                Bf16* to_high, std::uint32_t* to_pairs) {
+  alignas(64) static constexpr std::uint16_t kOrder[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_low), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_high), _mm512_extracti64x4_epi64(both, 1));
+  _mm512_storeu_si512(to_pairs, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both));
+}
 TINYLM_VARIANT inline Pairs pairs_of(Floats low, Floats high) {
   return pairs_of(_mm512_cvtepu16_epi32(rounded(low)), _mm512_cvtepu16_epi32(rounded(high)));
 }
