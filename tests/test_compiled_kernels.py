@@ -317,7 +317,7 @@ def head_and_reference(
     return tuple(actual[: 3 + with_bias]), (loss_N.detach(), *expected)
 
 
-@pytest.mark.parametrize("rows", [*LENGTHS, 300])
+@pytest.mark.parametrize("rows", [*LENGTHS, 300, 600])
 @pytest.mark.parametrize(("width", "vocabulary"), [(32, 1), (96, 33), (32, 1023), (64, 2100)])
 def test_head_cross_entropy(rows: int, width: int, vocabulary: int) -> None:
     """Parts of a chunk of rows, of a block of tokens, of a tile; one token that is certain."""
@@ -529,6 +529,109 @@ def test_other_matrices_are_left_to_torch(caplog: pytest.LogCaptureFixture) -> N
         assert reason in record.getMessage()
 
 
+# --- feed-forward layer --------------------------------------------------------------------------
+
+
+def layer_inputs(rows: tuple[int, ...], C: int, F: int) -> list[Tensor]:
+    """x, and weights of a norm and two matrices; these exact in bf16."""
+    x, norm = randn(*rows, C, dtype=torch.float32), randn(C, dtype=torch.float32, seed=1)
+    up = randn(2 * F, C, dtype=torch.bfloat16, seed=2) / C**0.5
+    down = randn(C, F, dtype=torch.bfloat16, seed=3) / F**0.5
+    return [t.float().requires_grad_() for t in (x, norm, up, down)]
+
+
+def layer(*inputs: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return kernels.feed_forward(*inputs, backend="c++")
+
+
+def check_layer(*inputs: Tensor) -> None:
+    """As `check`, with the tolerance of products of bf16."""
+    inputs64 = wide(*inputs)
+    out, expected = layer(*inputs), kernels.feed_forward(*inputs64, backend="separate")
+    assert out.dtype == torch.float32
+    assert_close(out, expected, torch.bfloat16, "out")
+    pairs = zip(gradients(out, *inputs), gradients(expected, *inputs64), strict=True)
+    for name, (actual, wanted) in zip(("dx", "dnorm", "dup", "ddown"), pairs, strict=True):
+        assert actual.dtype == torch.float32
+        assert_close(actual, wanted, torch.bfloat16, name, floor=1.0)
+
+
+@pytest.mark.parametrize("rows", [*LENGTHS, 128, 129, 300, 1100])
+@pytest.mark.parametrize(("C", "F"), [(32, 32), (64, 96), (128, 64)])
+def test_feed_forward(
+    rows: int, C: int, F: int, own_products: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parts of a block of rows, and of the groups whose sums are added up."""
+    check_layer(*layer_inputs((rows,), C, F))
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("own_products")
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 90), st.sampled_from([32, 64]), st.sampled_from([32, 96]))
+def test_feed_forward_of_any_rows(B: int, T: int, C: int, F: int) -> None:
+    check_layer(*layer_inputs((B, T), C, F))
+
+
+def test_feed_forward_of_any_strides(own_products: None) -> None:
+    x, *weights = layer_inputs((50, 2), 32, 32)
+    check_layer(x.detach().transpose(0, 1).requires_grad_(), *weights)
+    up = weights[1].detach().t().contiguous().t().requires_grad_()
+    check_layer(x, weights[0], up, weights[2])
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4, float("nan"), INFINITY])
+def test_feed_forward_of_what_is_large_or_not_finite(value: float, own_products: None) -> None:
+    """It stays in its row, and is seen; in the sums over rows too."""
+    x, *weights = layer_inputs((70,), 32, 32)
+    with torch.no_grad():
+        x[40, 3] = value
+    if abs(value) < INFINITY:
+        return check_layer(x, *weights)
+    out = layer(x, *weights)
+    dx, *sums = gradients(out, x, *weights)
+    others = torch.arange(70) != 40
+    for rows in (out, dx):
+        assert rows[others].isfinite().all()
+        assert not rows[40].isfinite().all()
+    for total in sums[:2]:
+        assert not total.isfinite().all()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda x, n, u, d: (x.double(), n.double(), u.double(), d.double()),
+            "products in float64",
+        ),
+        (lambda x, n, u, d: (x, n, u, d.bfloat16()), "not fp32"),
+        (lambda x, n, u, d: (x[:, :24], n[:24], u[:, :24], d[:24]), "widths 24 and 32"),
+        (lambda x, n, u, d: (x[:0], n, u, d), "of nothing"),
+    ],
+)
+def test_layers_that_are_not_taken_run_apart(
+    change: Callable[..., tuple[Tensor, ...]], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = change(*(t.detach() for t in layer_inputs((5,), 32, 32)))
+    dispatch.forget()
+    out = layer(*inputs)
+    assert out.shape == inputs[0].shape
+    (record,) = caplog.records
+    assert record.getMessage().startswith("feed_forward runs as separate, not in C++: of ")
+    assert reason in record.getMessage()
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_weights_of_a_layer_that_do_not_belong_together(place: int) -> None:
+    inputs = layer_inputs((5,), 32, 64)
+    inputs[place] = inputs[place][..., :-1]
+    with pytest.raises(InputError, match=r"feed_forward of shape .* they must be"):
+        layer(*inputs)
+
+
 # --- how they are chosen -------------------------------------------------------------------------
 
 only_once = pytest.mark.parametrize("variant", _C.instruction_sets()[-1:], indirect=True)
@@ -547,6 +650,11 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield compiled.rms_norm_backward, (*plain, r, out)
     yield compiled.swiglu, (x,)
     yield compiled.swiglu_backward, (x.detach(), randn(5, 4, dtype=torch.float32))
+    block = layer_inputs((3,), 32, 32)
+    yield compiled.feed_forward, (*block, 1e-6)
+    plain = [tensor.detach() for tensor in block]
+    out, h = compiled.feed_forward(*plain, 1e-6)
+    yield compiled.feed_forward_backward, (*plain, h, out, 1e-6)
     heads_NHD, weight = x.view(5, 2, 4), randn(2, 4, dtype=torch.float32).requires_grad_()
     cos, sin = kernels.rotary_tables(5, 4, 10.0)
     yield compiled.norm_rotary, (heads_NHD, weight, cos, sin, 1e-6)
@@ -617,6 +725,11 @@ def test_operators_refuse_what_does_not_belong_together() -> None:
         lambda: compiled.swiglu(x[:, :7]),
         lambda: compiled.swiglu_backward(x, x),
         lambda: compiled.swiglu_backward(x, x[:, :4].bfloat16()),
+        lambda: compiled.feed_forward(x, torch.ones(8), torch.ones(64, 8), torch.ones(8, 32), 0.0),
+        lambda: compiled.feed_forward(*layer_inputs((3,), 32, 32)[:3], torch.ones(32, 64), 0.0),
+        lambda: compiled.feed_forward_backward(
+            *layer_inputs((3,), 32, 32), torch.ones(3, 64), torch.ones(3, 32), 0.0
+        ),
         lambda: compiled.norm_rotary(heads_NHD, torch.ones(1, 4), cos, sin, 1e-6),
         lambda: compiled.norm_rotary(heads_NHD, torch.ones(2, 4), cos[:, :2], sin[:, :2], 1e-6),
         lambda: compiled.norm_rotary(heads_NHD, torch.ones(2, 4), cos[:0], sin[:0], 1e-6),
@@ -670,6 +783,9 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.muon_step(matrices, MuonOptions(0.1, dtype=torch.bfloat16), backend="c++")
         weights = [matrix.weight for matrix in matrices]
         gradients_ = torch.autograd.grad(normed.float().sum(), (x, w))
+        block = layer_inputs((1100,), 32, 64)
+        changed = compiled.feed_forward(*block, 1e-6)[0]
+        gradients_ += (changed, *gradients(changed, *block))
         results.append([out, normed, *gradients_, *head, *weights])
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)

@@ -120,11 +120,20 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gated = config.activation == "swiglu"
+        self.gated, self.biased = config.activation == "swiglu", config.bias
         self.up = nn.Linear(config.d_model, config.d_ff * (1 + self.gated), bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """With a norm, x + the layer of norm(x)."""
+        if norm is None:
+            return self._layer(x_BTC)
+        if self.gated and not self.biased and isinstance(norm, RMSNorm):
+            weights = norm.weight, self.up.weight, self.down.weight
+            return kernels.feed_forward(x_BTC, *weights, norm.eps)
+        return x_BTC + self._layer(norm(x_BTC))
+
+    def _layer(self, x_BTC: Tensor) -> Tensor:
         hidden_BTF = self.up(x_BTC)
         if self.gated:  # SwiGLU (Shazeer 2020)
             return self.down(kernels.swiglu(hidden_BTF))  # type: ignore[no-any-return]
@@ -148,7 +157,7 @@ class Block(nn.Module):
     ) -> Tensor:
         if self.pre_norm:
             x_BTC = x_BTC + self.attention(self.norm1(x_BTC), layer, rotary_TD, cache, start_BT)
-            return x_BTC + self.feed_forward(self.norm2(x_BTC))  # type: ignore[no-any-return]
+            return self.feed_forward(x_BTC, self.norm2)  # type: ignore[no-any-return]
         x_BTC = self.norm1(x_BTC + self.attention(x_BTC, layer, rotary_TD, cache, start_BT))
         return self.norm2(x_BTC + self.feed_forward(x_BTC))  # type: ignore[no-any-return]
 

@@ -12,6 +12,7 @@
 
 #include "bindings.hpp"
 #include "cross_entropy.hpp"
+#include "feed_forward.hpp"
 #include "memory.hpp"
 #include "simd/instruction_set.hpp"
 #include "team.hpp"
@@ -244,6 +245,35 @@ bool head_cross_entropy(const std::array<std::size_t, 3>& sizes, Address h, Addr
   return cross_entropy(call, std::max(threads, 1));
 }
 
+// (rows, width, hidden), and x, norm_weight, up, down
+FeedForward feed_forward_call(const std::array<std::size_t, 3>& sizes,
+                              const std::array<Address, 4>& inputs, float eps) {
+  const auto [x, norm_weight, up, down] = inputs;
+  return {sizes[0],
+          {sizes[1], sizes[2], memory<const float>(norm_weight), eps},
+          memory<const float>(x),
+          memory<const float>(up),
+          memory<const float>(down)};
+}
+
+void feed_forward_of(const std::array<std::size_t, 3>& sizes, const std::array<Address, 4>& inputs,
+                     float eps, Address out, Address h, int threads) {
+  const py::gil_scoped_release release;
+  feed_forward(feed_forward_call(sizes, inputs, eps), memory<float>(out), memory<Bf16>(h), threads);
+}
+
+// gradients: dup, ddown, dnorm_weight
+void feed_forward_backward_of(const std::array<std::size_t, 3>& sizes,
+                              const std::array<Address, 4>& inputs, float eps, Address h,
+                              Address dout, Address dx, const std::array<Address, 3>& gradients,
+                              int threads) {
+  const py::gil_scoped_release release;
+  const auto [dup, ddown, dnorm_weight] = gradients;
+  const FeedForwardSums sums{memory<float>(dup), memory<float>(ddown), memory<float>(dnorm_weight)};
+  feed_forward_backward(feed_forward_call(sizes, inputs, eps), memory<const Bf16>(h),
+                        memory<const float>(dout), memory<float>(dx), sums, threads);
+}
+
 // (weight, gradient, momentum, rows, columns)
 using Matrix = std::tuple<Address, Address, Address, std::size_t, std::size_t>;
 
@@ -286,6 +316,8 @@ void bind_training(py::module_& m) {
   m.def("attention", &attention);
   m.def("attention_backward", &attention_backward);
   m.def("head_cross_entropy", &head_cross_entropy);
+  m.def("feed_forward", &feed_forward_of);
+  m.def("feed_forward_backward", &feed_forward_backward_of);
   m.def("muon", &muon);
 }
 

@@ -137,6 +137,39 @@ struct HeadKernels {
                         std::size_t begin, std::size_t end, float* dbias);
 };
 
+struct FeedForwardShape {
+  std::size_t width, hidden;
+  const float* norm_weight;  // [width]
+  float eps;
+};
+
+// Gradients, as sums over rows.
+struct FeedForwardSums {
+  float *dup, *ddown;   // [2 hidden][width], [width][hidden]
+  float* dnorm_weight;  // [width]
+};
+
+constexpr std::size_t kFeedForwardStep = 32;
+
+// A gated feed-forward layer with its norm and residual, x + down (silu(gate) value) with (gate,
+// value) = up norm(x); see feed_forward.hpp. Sizes are multiples of kFeedForwardStep but for rows.
+struct FeedForwardKernels {
+  // One panel of a matrix [rows][columns]: of its rows, transposed, for forward; of its columns,
+  // interleaved, for backward.
+  void (*pack_transposed)(const float* matrix, std::size_t rows, std::size_t columns,
+                          std::size_t panel, std::uint32_t* panels);
+  void (*pack_interleaved)(const float* matrix, std::size_t rows, std::size_t columns,
+                           std::size_t panel, std::uint32_t* panels);
+  // For rows [begin, end). Also writes h = (gate, value).
+  void (*forward)(const FeedForwardShape& shape, const float* x, const std::uint32_t* up,
+                  const std::uint32_t* down, std::size_t begin, std::size_t end, float* out,
+                  Bf16* h);
+  // Writes dx, and to `sums` those over these rows.
+  void (*backward)(const FeedForwardShape& shape, const float* x, const std::uint32_t* up,
+                   const std::uint32_t* down, const Bf16* h, const float* dout, std::size_t begin,
+                   std::size_t end, float* dx, const FeedForwardSums& sums);
+};
+
 struct MuonOptions {
   float lr, momentum, weight_decay;
   float coefficients[3];  // of the iterations by which a matrix becomes orthogonal
@@ -162,6 +195,7 @@ struct TrainingKernels {
   NormKernels<Bf16, Bf16> norm_bf16;
   AttentionKernels attention;
   HeadKernels head;
+  FeedForwardKernels feed_forward;
   void (*muon_step)(const MuonMatrix& matrix, const MuonOptions& options);
 };
 

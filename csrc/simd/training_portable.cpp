@@ -160,6 +160,7 @@ void store_rows_and_pairs(Floats low, Floats high, Bf16* to_low, Bf16* to_high,
 #include "simd/training_products.hpp"
 #include "simd/training_attention.hpp"
 #include "simd/training_head.hpp"
+#include "simd/training_feed_forward.hpp"
 #include "simd/training_muon.hpp"
 // clang-format on
 
@@ -172,6 +173,7 @@ const TrainingKernels kTrainingKernelsPortable = {row_kernels<float>(),
                                                   norm_kernels<Bf16, Bf16>(),
                                                   attention_kernels(),
                                                   head_kernels(),
+                                                  feed_forward_kernels(),
                                                   &muon_step};
 
 const TrainingKernels& training_kernels() {

@@ -11,6 +11,7 @@ argument override it.
 
 from tinylm.kernels.attention import causal_attention, document_starts
 from tinylm.kernels.dispatch import Selection, fingerprint, selections
+from tinylm.kernels.feed_forward import feed_forward
 from tinylm.kernels.first_check import prepare
 from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
 from tinylm.kernels.muon import muon_step
@@ -23,6 +24,7 @@ __all__ = [
     "apply_rotary",
     "causal_attention",
     "document_starts",
+    "feed_forward",
     "fingerprint",
     "layer_norm",
     "linear_cross_entropy",

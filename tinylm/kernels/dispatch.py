@@ -56,6 +56,7 @@ _TORCH: dict[tuple[str, str], tuple[str, str]] = {
     ("rms_norm", "*"): ("torch", "few passes of plain torch, statistics in fp32"),
     ("linear_cross_entropy", "*"): ("chunked", "never holds all logits; least memory traffic"),
     ("norm_rotary", "*"): ("separate", "rms_norm, then rotary"),
+    ("feed_forward", "*"): ("separate", "norm, products and swiglu, one after the other"),
     ("muon", "*"): ("torch", "matrices of equal shape together"),
     ("rotary", "*"): ("torch", "plain torch"),
     ("swiglu", "*"): ("torch", "plain torch"),
@@ -63,6 +64,7 @@ _TORCH: dict[tuple[str, str], tuple[str, str]] = {
 # What the C++ kernels take on a CPU; other calls run as the torch implementation does.
 _COMPILED = {
     "causal_attention": "training in bf16, scores in cache",
+    "feed_forward": "in bf16, one pass from the norm to the sum",
     "linear_cross_entropy": "without softcap",
     "muon": "in bf16, each matrix in cache from gradient to update",
     "norm_rotary": "one pass in bf16 and fp32",
@@ -79,6 +81,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "layer_norm": ("triton", "torch", "reference"),
     "rms_norm": ("triton", "c++", "torch", "reference"),
     "linear_cross_entropy": ("triton", "c++", "chunked", "reference"),
+    "feed_forward": ("c++", "separate"),
     "muon": ("c++", "torch"),
     "norm_rotary": ("c++", "separate"),
     "rotary": ("torch",),
@@ -140,13 +143,13 @@ def _in_cpp(operator: str, device_type: str, kind: str, asked: str) -> Selection
 def _in_products(operator: str) -> tuple[str | None, str]:
     """Why no C++ kernel of the operator runs on this processor, and what those that do take.
 
-    Two rest on products of whole matrices of bf16, which torch may do faster: Muon is left to it,
-    and the cross-entropy only has it multiply.
+    Three rest on products of whole matrices of bf16, which torch may do faster: Muon and the
+    feed-forward layer are left to it, and the cross-entropy only has it multiply.
     """
     from tinylm.kernels.compiled import products_refusal
 
     refusal, what = products_refusal(), _COMPILED[operator]
-    if operator == "muon":
+    if operator in ("feed_forward", "muon"):
         return refusal, what
     if operator == "linear_cross_entropy":
         what += f", logits in parts as {refusal}" if refusal else ", in bf16 no logits in memory"
