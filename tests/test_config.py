@@ -46,6 +46,7 @@ def test_the_notebook_is_as_it_was() -> None:
     assert (config.seq_len, config.stride, config.batch_size) == (32, 1, 16)
     assert (config.lr, config.beta1, config.beta2, config.weight_decay) == (1e-4, 0.9, 0.999, 0)
     assert (config.optimizer, config.schedule, config.clip) == ("adamw", "constant", 0)
+    assert config.embedding_decay == 0
     assert not config.data.document_eos
     assert config.model == ModelConfig(
         d_model=128, n_layers=1, n_heads=4, d_ff=256, max_seq_len=32, causal=False,

@@ -57,6 +57,29 @@ def test_equal_shapes_are_orthogonalised_as_if_alone() -> None:
         assert p.abs().max() > 0.01
 
 
+@pytest.mark.parametrize("preset", ["modern", "causal"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_matrices_and_embeddings_decay_and_nothing_else(preset: str, optimizer: str) -> None:
+    """What is left of them after a step without gradients; positions, norms and biases stay."""
+    rates = {"lr": 0.1, "muon_lr": 0.2, "weight_decay": 0.5, "embedding_decay": 0.25}
+    config = TrainConfig.from_preset(preset, optimizer=optimizer, **rates)
+    model = Transformer(replace(config.model, vocab_size=20))
+    for parameter in model.parameters():
+        parameter.data.fill_(2.0)
+        parameter.grad = torch.zeros_like(parameter)
+    Optimizer(model, config).step(lr_factor=1.0)
+    decayed = set()
+    for name, parameter in model.named_parameters():
+        kept = 1.0
+        if name in model.matrices():
+            kept = 1 - 0.5 * (0.2 if optimizer == "muon" else 0.1)
+        elif name in ("embedding.weight", "head.weight"):
+            kept = 1 - 0.25 * 0.1
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 2 * kept))
+        decayed |= {name} if kept < 1 else set()
+    assert len(decayed) == len(model.matrices()) + 1 + (preset == "causal")
+
+
 def test_muon_follows_nesterov_momentum_and_decays() -> None:
     p = torch.nn.Parameter(torch.eye(4))
     muon = Muon([(p, 1)], lr=0.1, momentum=0.5, weight_decay=0.2)

@@ -107,7 +107,10 @@ class TrainConfig:
     muon_lr: float = option(0.01, "peak learning rate of Muon")
     beta1: float = option(0.9, "AdamW's first-moment decay")
     beta2: float = option(0.999, "AdamW's second-moment decay")
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices")
+    weight_decay: float = option(0.3, "decoupled weight decay of the blocks' matrices")
+    embedding_decay: float = option(
+        0.1, "decoupled weight decay of the embedding, and of a head that is not tied to it"
+    )
     schedule: Literal["wsd", "constant"] = option(
         "wsd", "wsd: warm up, stay, decay linearly to zero; constant: always the peak rate"
     )
@@ -158,7 +161,7 @@ class TrainConfig:
             raise InputError(
                 f"invented_scripts is {self.invented_scripts}; it is a share, between 0 and 1"
             )
-        _not_negative(self, "weight_decay", "clip", "checkpoint_seconds")
+        _not_negative(self, "weight_decay", "embedding_decay", "clip", "checkpoint_seconds")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, below 1")
@@ -222,14 +225,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "positions": "learned", "tokenizer": "word", "seq_len": 32, "batch_size": 64,
         "invented_scripts": 0.0, "embedding_init": "random", "optimizer": "adamw", "lr": 1e-3,
-        "beta2": 0.95,
+        "beta2": 0.95, "weight_decay": 0.0, "embedding_decay": 0.0,
     },
     "notebook": _NOTEBOOK_MODEL
     | {
         "positions": "none", "causal": False, "tokenizer": "word", "document_eos": False,
         "seq_len": 32, "stride": 1, "batch_size": 16, "epochs": 5.0,
         "invented_scripts": 0.0, "embedding_init": "random", "optimizer": "adamw", "lr": 1e-4,
-        "beta2": 0.999,
+        "beta2": 0.999, "weight_decay": 0.0, "embedding_decay": 0.0,
         "schedule": "constant", "clip": 0.0, "log_every": 1000, "precision": "fp32",
     },
 }  # fmt: skip

@@ -86,12 +86,14 @@ class Optimizer:
         matrices = model.matrices()
         on_muon = matrices if config.optimizer == "muon" else {}
         decayed = [p for n, p in named.items() if n in matrices and n not in on_muon]
-        others = [p for n, p in named.items() if n not in matrices]
+        embeddings = {n: p for n, p in named.items() if n in ("embedding.weight", "head.weight")}
+        others = [p for n, p in named.items() if n not in matrices and n not in embeddings]
         self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
 
         adamw = torch.optim.AdamW(
             [
                 {"params": others, "weight_decay": 0.0},
+                {"params": list(embeddings.values()), "weight_decay": config.embedding_decay},
                 {"params": decayed, "weight_decay": config.weight_decay},
             ],
             lr=config.lr,
