@@ -350,6 +350,30 @@ def test_swiglu(measure, batch, length, direction, side):
     measure(group, side, side_of(sides, side), reference, (x,), direction, work, dout)
 
 
+@pytest.mark.parametrize("side", ["c++", "separate", "compile"])
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize(("batch", "length"), BATCHES)
+def test_feed_forward(measure, batch, length, direction, side):
+    """With its norm and residual, in fp32 but for the products, as under autocast in a model."""
+
+    def call(backend, *inputs):
+        half = DTYPE in (torch.float16, torch.bfloat16) and inputs[0].dtype == torch.float32
+        with torch.autocast(inputs[0].device.type, DTYPE, enabled=half):
+            return kernels.feed_forward(*inputs, backend=backend)
+
+    sides = {name: partial(call, name) for name in usable("feed_forward")}
+    sides["compile"] = torch.compile(partial(call, "separate"), dynamic=False)
+    rows, hidden = batch * length, 3 * WIDTH
+    shapes = (rows, WIDTH), (WIDTH,), (2 * hidden, WIDTH), (WIDTH, hidden)
+    inputs = [randn(*shape, seed=i).float() / (1, 1, 8, 16)[i] for i, shape in enumerate(shapes)]
+    product = 2 * rows * 3 * hidden * WIDTH
+    read = sum(x.nbytes for x in inputs)
+    work = {False: (read, product), True: (3 * read, 3 * product)}
+    group, dout = f"feed-forward {batch}x{length} F {hidden}", randn(rows, WIDTH, seed=4).float()
+    reference = partial(call, "separate")
+    measure(group, side, side_of(sides, side), reference, inputs, direction, work, dout)
+
+
 @pytest.mark.parametrize("side", ["triton", "c++", "chunked", "reference", "compile", "liger"])
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)

@@ -175,6 +175,8 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
     shapes = (2, T, 3, D), (3, D)
     yield Case("norm_rotary", f"T {T}, D {D}", shapes, partial(_norm_rotary, T, D), parameters=1)
     yield Case("swiglu", f"N {few}, F {3 * C}", ((few, 6 * C),), _swiglu)
+    shapes = (few, 64), (64,), (384, 64), (64, 192)
+    yield Case("feed_forward", f"N {few}, C 64, F 192", shapes, _feed_forward, parameters=3)
     yield Case("muon", "3 of 128 x 128", ((384, 128),) * 2, _muon, gradients=False)
 
 
@@ -278,6 +280,13 @@ def _norm_rotary(T: int, D: int, backend: str, x: Tensor, weight: Tensor) -> Ten
 
 def _swiglu(backend: str, x: Tensor) -> Tensor:
     return kernels.swiglu(x, backend=backend)
+
+
+def _feed_forward(backend: str, x: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Products in the dtype of x, the sum in fp32, as in the model."""
+    inputs = dispatch.wide(x), norm, up / 8, down / 16  # exact, and sums are of a usual size
+    with torch.autocast(x.device.type, x.dtype, enabled=x.dtype in (torch.float16, torch.bfloat16)):
+        return kernels.feed_forward(*inputs, backend=backend)
 
 
 def randn(shape: Sequence[int], seed: int) -> Tensor:
