@@ -2,8 +2,8 @@
 # make test: install with all that the tests need, run them
 # make kill: kill training runs KILLS times at random moments; none may lose a bit
 # make gpu-check: all that needs a GPU: tests, the T4's code, sanitizer, benchmarks, plots
-# make fuzz: feed the tokenizers, the readers of their files and a model's head with made-up input for
-#            FUZZ_SECONDS each; needs clang
+# make fuzz: feed the tokenizers, the readers of their files, a model's head and its feed-forward
+#            layer with made-up input for FUZZ_SECONDS each; needs clang
 # make sanitize: run the tests of the tokenizers under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 MINUTES ?= 3
@@ -52,7 +52,7 @@ gpu-check: $(VENV)/installed-test
 	PYTHON=$(BIN)/python tests/gpu_check.sh
 
 # Each pattern has a program of its own.
-FUZZERS := word bpe train head split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace
+FUZZERS := word bpe train head layer split-kGpt2 split-kCl100k split-kCl100kTiktoken split-kO200k split-kWhitespace
 FUZZ_FLAGS := -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
 	-DTINYLM_FUZZING -Icsrc -Icsrc/fuzz -Ibuild/generated
 

@@ -8,24 +8,11 @@
 #include <vector>
 
 #include "cross_entropy.hpp"
+#include "fuzz_numbers.hpp"
 #include "simd/instruction_set.hpp"
 
 namespace tinylm {
 namespace {
-
-float widened(Bf16 x) {
-  const std::uint32_t bits = std::uint32_t{x} << 16;
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-// Cut off, not rounded: all that is asked of it is to be one.
-Bf16 narrowed(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<Bf16>(bits >> 16);
-}
 
 struct Result {
   std::vector<float> loss, dh, dweight, dbias;
@@ -114,21 +101,6 @@ Result plain(const Problem& p) {
   r.dh.assign(dh.begin(), dh.end()), r.dweight.assign(dweight.begin(), dweight.end());
   r.dbias.assign(dbias.begin(), dbias.end());
   return r;
-}
-
-// Errors up to `tolerance` of the largest number, and of 1.
-void compare(const char* what, const std::vector<float>& actual, const std::vector<float>& expected,
-             float tolerance) {
-  float error = 0.0f, largest = 1.0f;
-  for (std::size_t i = 0; i < actual.size(); ++i) {
-    const float difference = std::abs(actual[i] - expected[i]);
-    error = difference <= error ? error : difference;  // a NaN is an error
-    largest = std::max(largest, std::abs(expected[i]));
-  }
-  if (error <= tolerance * largest) return;
-  std::fprintf(stderr, "%s is wrong by %g of %g\n", what, static_cast<double>(error),
-               static_cast<double>(largest));
-  std::abort();
 }
 
 }  // namespace
