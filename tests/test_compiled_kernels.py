@@ -22,6 +22,7 @@ from tinylm.model import Transformer
 
 _C = pytest.importorskip("tinylm._C")
 compiled = pytest.importorskip("tinylm.kernels.compiled")
+layers = pytest.importorskip("tinylm.kernels.compiled_feed_forward")
 
 DTYPES = [torch.float32, torch.bfloat16]
 LENGTHS = [1, 31, 33, 63, 100]
@@ -651,10 +652,10 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield compiled.swiglu, (x,)
     yield compiled.swiglu_backward, (x.detach(), randn(5, 4, dtype=torch.float32))
     block = layer_inputs((3,), 32, 32)
-    yield compiled.feed_forward, (*block, 1e-6)
+    yield layers.feed_forward, (*block, 1e-6)
     plain = [tensor.detach() for tensor in block]
-    out, h = compiled.feed_forward(*plain, 1e-6)
-    yield compiled.feed_forward_backward, (*plain, h, out, 1e-6)
+    out, h = layers.feed_forward(*plain, 1e-6)
+    yield layers.feed_forward_backward, (*plain, h, out, 1e-6)
     heads_NHD, weight = x.view(5, 2, 4), randn(2, 4, dtype=torch.float32).requires_grad_()
     cos, sin = kernels.rotary_tables(5, 4, 10.0)
     yield compiled.norm_rotary, (heads_NHD, weight, cos, sin, 1e-6)
@@ -725,9 +726,9 @@ def test_operators_refuse_what_does_not_belong_together() -> None:
         lambda: compiled.swiglu(x[:, :7]),
         lambda: compiled.swiglu_backward(x, x),
         lambda: compiled.swiglu_backward(x, x[:, :4].bfloat16()),
-        lambda: compiled.feed_forward(x, torch.ones(8), torch.ones(64, 8), torch.ones(8, 32), 0.0),
-        lambda: compiled.feed_forward(*layer_inputs((3,), 32, 32)[:3], torch.ones(32, 64), 0.0),
-        lambda: compiled.feed_forward_backward(
+        lambda: layers.feed_forward(x, torch.ones(8), torch.ones(64, 8), torch.ones(8, 32), 0.0),
+        lambda: layers.feed_forward(*layer_inputs((3,), 32, 32)[:3], torch.ones(32, 64), 0.0),
+        lambda: layers.feed_forward_backward(
             *layer_inputs((3,), 32, 32), torch.ones(3, 64), torch.ones(3, 32), 0.0
         ),
         lambda: compiled.norm_rotary(heads_NHD, torch.ones(1, 4), cos, sin, 1e-6),
@@ -784,7 +785,7 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         weights = [matrix.weight for matrix in matrices]
         gradients_ = torch.autograd.grad(normed.float().sum(), (x, w))
         block = layer_inputs((1100,), 32, 64)
-        changed = compiled.feed_forward(*block, 1e-6)[0]
+        changed = layers.feed_forward(*block, 1e-6)[0]
         gradients_ += (changed, *gradients(changed, *block))
         results.append([out, normed, *gradients_, *head, *weights])
     for one, three in zip(*results, strict=True):

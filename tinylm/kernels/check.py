@@ -175,8 +175,8 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
     shapes = (2, T, 3, D), (3, D)
     yield Case("norm_rotary", f"T {T}, D {D}", shapes, partial(_norm_rotary, T, D), parameters=1)
     yield Case("swiglu", f"N {few}, F {3 * C}", ((few, 6 * C),), _swiglu)
-    shapes = (few, 64), (64,), (384, 64), (64, 192)
-    yield Case("feed_forward", f"N {few}, C 64, F 192", shapes, _feed_forward, parameters=3)
+    layer = (few, 64), (64,), (384, 64), (64, 192)
+    yield Case("feed_forward", f"N {few}, C 64, F 192", layer, _feed_forward, parameters=3)
     yield Case("muon", "3 of 128 x 128", ((384, 128),) * 2, _muon, gradients=False)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinylm import _C
 from tinylm.errors import InputError
-from tinylm.kernels.dispatch import autocast_dtype, dtype_name
+from tinylm.kernels.dispatch import dtype_name
 
 if TYPE_CHECKING:
     from tinylm.kernels.muon import Matrix, MuonOptions
@@ -38,13 +38,13 @@ def products_refusal() -> str | None:
     return faster
 
 
-def _require(holds: bool, what: str, *tensors: Tensor) -> None:
+def require(holds: bool, what: str, *tensors: Tensor) -> None:
     if not holds:
         shapes = ", ".join(f"{tuple(x.shape)} in {dtype_name(x.dtype)}" for x in tensors)
         raise InputError(f"{what} of {shapes}: these do not belong together")
 
 
-def _kernel(name: str, x: Tensor | None = None) -> Any:
+def named_kernel(name: str, x: Tensor | None = None) -> Any:
     return getattr(_C, name if x is None else f"{name}_{dtype_name(x.dtype)}")
 
 
@@ -54,10 +54,10 @@ def _kernel(name: str, x: Tensor | None = None) -> Any:
 @torch.library.custom_op("tinylm::exponentials_", mutates_args=("x_RV",), device_types="cpu")
 def exponentials_(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     """In place ``exp(x - top)``; top_R and sum_R, fp32, of the exponentials before rounding."""
-    _require(x_RV.dim() == 2 and x_RV.is_contiguous(), "exponentials", x_RV)
+    require(x_RV.dim() == 2 and x_RV.is_contiguous(), "exponentials", x_RV)
     top_R, sum_R = (x_RV.new_empty(len(x_RV), dtype=torch.float32) for _ in range(2))
     addresses = x_RV.data_ptr(), *x_RV.shape, top_R.data_ptr(), sum_R.data_ptr()
-    _kernel("exponentials", x_RV)(*addresses, torch.get_num_threads())
+    named_kernel("exponentials", x_RV)(*addresses, torch.get_num_threads())
     return top_R, sum_R
 
 
@@ -91,14 +91,14 @@ def head_cross_entropy(
     own = own and h_NC.dtype == torch.bfloat16 and targets_N.shape == (N,)
     own = own and (bias_V is None or bias_V.shape == (V,))
     own = own and (row_weights_N is None or row_weights_N.shape == (N,))
-    _require(own and targets_N.dtype == torch.int64, "cross-entropy", h_NC, weight_VC, targets_N)
+    require(own and targets_N.dtype == torch.int64, "cross-entropy", h_NC, weight_VC, targets_N)
     loss_N, *gradients, right = _head_outputs(h_NC, weight_VC, bias_V)
     inputs = [None if x is None else x.float().contiguous() for x in (weight_VC, bias_V)]
     weights = None if row_weights_N is None else row_weights_N.float().contiguous()
     h_NC, targets_N = h_NC.contiguous(), targets_N.contiguous()
     before = (h_NC, *inputs, targets_N, weights)
     right.fill_(
-        _kernel("head_cross_entropy")(
+        named_kernel("head_cross_entropy")(
             (N, C, V), *map(_address, before), ignore_index, z_loss,
             *map(_address, (loss_N, *gradients)), torch.get_num_threads(),
         )
@@ -154,10 +154,10 @@ def cross_entropy_refusal(h_NC: Tensor, dtype: torch.dtype, softcap: float | Non
 @torch.library.custom_op("tinylm::swiglu", mutates_args=(), device_types="cpu")
 def swiglu(x: Tensor) -> Tensor:
     """``silu(gate) · value`` of x = (gate, value) along the last dimension (Shazeer 2020)."""
-    _require(x.shape[-1] % 2 == 0, "swiglu", x)
+    require(x.shape[-1] % 2 == 0, "swiglu", x)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    _kernel("swiglu", x)(x.data_ptr(), out.data_ptr(), *_rows(out), torch.get_num_threads())
+    named_kernel("swiglu", x)(x.data_ptr(), out.data_ptr(), *rows_of(out), torch.get_num_threads())
     return out
 
 
@@ -169,11 +169,11 @@ def _(x: Tensor) -> Tensor:
 @torch.library.custom_op("tinylm::swiglu_backward", mutates_args=(), device_types="cpu")
 def swiglu_backward(x: Tensor, dout: Tensor) -> Tensor:
     own = x.dtype == dout.dtype and x.shape == (*dout.shape[:-1], 2 * dout.shape[-1])
-    _require(own, "swiglu's gradient", x, dout)
+    require(own, "swiglu's gradient", x, dout)
     x, dout = x.contiguous(), dout.contiguous()
     dx = torch.empty_like(x)
     addresses = x.data_ptr(), dout.data_ptr(), dx.data_ptr()
-    _kernel("swiglu_backward", x)(*addresses, *_rows(dout), torch.get_num_threads())
+    named_kernel("swiglu_backward", x)(*addresses, *rows_of(dout), torch.get_num_threads())
     return dx
 
 
@@ -194,116 +194,9 @@ def _swiglu_gradient(ctx: Any, dout: Tensor) -> Tensor:
 swiglu.register_autograd(_swiglu_gradient, setup_context=_swiglu_setup)
 
 
-def _rows(x: Tensor) -> tuple[int, int]:
+def rows_of(x: Tensor) -> tuple[int, int]:
     """How many vectors, and how long they are."""
     return x.numel() // max(x.shape[-1], 1), x.shape[-1]
-
-
-# --- feed-forward layer --------------------------------------------------------------------------
-
-
-@torch.library.custom_op("tinylm::feed_forward", mutates_args=(), device_types="cpu")
-def feed_forward(
-    x: Tensor, norm_weight_C: Tensor, up_weight: Tensor, down_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`tinylm.kernels.feed_forward` of fp32 with products of bf16; and h = (gate, value)."""
-    inputs = _feed_forward_inputs(x, norm_weight_C, up_weight, down_weight)
-    out, h = _feed_forward_outputs(*inputs[:1], up_weight)
-    addresses = [tensor.data_ptr() for tensor in inputs]
-    sizes = *_rows(x), down_weight.shape[1]
-    _kernel("feed_forward")(
-        sizes, addresses, eps, out.data_ptr(), h.data_ptr(), torch.get_num_threads()
-    )
-    return out, h
-
-
-@feed_forward.register_fake
-def _(
-    x: Tensor, norm_weight_C: Tensor, up_weight: Tensor, down_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _feed_forward_outputs(x, up_weight)
-
-
-def _feed_forward_outputs(x: Tensor, up_weight: Tensor) -> tuple[Tensor, Tensor]:
-    h = x.new_empty(*x.shape[:-1], len(up_weight), dtype=torch.bfloat16)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), h
-
-
-@torch.library.custom_op("tinylm::feed_forward_backward", mutates_args=(), device_types="cpu")
-def feed_forward_backward(
-    x: Tensor,
-    norm_weight_C: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    h: Tensor,
-    dout: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, and the gradients of the three weights."""
-    inputs = _feed_forward_inputs(x, norm_weight_C, up_weight, down_weight)
-    own = h.shape == (*x.shape[:-1], len(up_weight)) and h.dtype == torch.bfloat16
-    _require(own and dout.shape == x.shape, "feed_forward's gradient", x, h, dout)
-    h, dout = h.contiguous(), dout.float().contiguous()
-    dx, dnorm_weight_C, dup, ddown = (torch.empty_like(tensor) for tensor in inputs)
-    addresses = [tensor.data_ptr() for tensor in inputs]
-    gradients = [tensor.data_ptr() for tensor in (dup, ddown, dnorm_weight_C)]
-    sizes = *_rows(x), down_weight.shape[1]
-    given = sizes, addresses, eps, h.data_ptr(), dout.data_ptr()
-    _kernel("feed_forward_backward")(*given, dx.data_ptr(), gradients, torch.get_num_threads())
-    return dx, dnorm_weight_C, dup, ddown
-
-
-@feed_forward_backward.register_fake
-def _(
-    x: Tensor, norm_weight_C: Tensor, up_weight: Tensor, down_weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = torch.contiguous_format
-    tensors = x, norm_weight_C, up_weight, down_weight
-    dx, dnorm_weight_C, dup, ddown = (torch.empty_like(t, memory_format=like) for t in tensors)
-    return dx, dnorm_weight_C, dup, ddown
-
-
-def _feed_forward_inputs(
-    x: Tensor, norm_weight_C: Tensor, up_weight: Tensor, down_weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C, F = down_weight.shape
-    own = x.shape[-1:] == norm_weight_C.shape == (C,) and up_weight.shape == (2 * F, C)
-    own = own and x.numel() > 0 and F > 0 and C % MATRIX_STEP == F % MATRIX_STEP == 0
-    tensors = x, norm_weight_C, up_weight, down_weight
-    own = own and all(tensor.dtype == torch.float32 for tensor in tensors)
-    _require(own, "feed_forward", *tensors)
-    return (
-        x.contiguous(),
-        norm_weight_C.contiguous(),
-        up_weight.contiguous(),
-        down_weight.contiguous(),
-    )
-
-
-def _feed_forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[1])
-    ctx.eps = inputs[4]
-    ctx.mark_non_differentiable(output[1])
-
-
-def _feed_forward_gradient(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *feed_forward_backward(*ctx.saved_tensors, dout, ctx.eps), None
-
-
-feed_forward.register_autograd(_feed_forward_gradient, setup_context=_feed_forward_setup)
-
-
-def feed_forward_refusal(x: Tensor, *weights: Tensor) -> str | None:
-    """Why `feed_forward` does not take this call."""
-    dtype = autocast_dtype(x)
-    if dtype != torch.bfloat16:
-        return f"of products in {dtype_name(dtype)}; it takes bf16"
-    if not all(tensor.dtype == torch.float32 for tensor in (x, *weights)):
-        return "of numbers that are not fp32"
-    C, F = weights[-1].shape
-    if C % MATRIX_STEP or F % MATRIX_STEP:
-        return f"of widths {C} and {F}; it takes multiples of {MATRIX_STEP}"
-    return products_refusal() if x.numel() and F else "of nothing"
 
 
 # --- RMS norm ------------------------------------------------------------------------------------
@@ -312,12 +205,12 @@ def feed_forward_refusal(x: Tensor, *weights: Tensor) -> str | None:
 @torch.library.custom_op("tinylm::rms_norm", mutates_args=(), device_types="cpu")
 def rms_norm(x: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """RMS norm over the last dimension, in ``dtype``; and r of each row, in fp32."""
-    _require(weight_C.shape == x.shape[-1:], "rms_norm", x, weight_C)
+    require(weight_C.shape == x.shape[-1:], "rms_norm", x, weight_C)
     x, weight_C = x.contiguous(), weight_C.float().contiguous()
     out, r = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
     addresses = x.data_ptr(), out.data_ptr(), r.data_ptr()
-    kernel = _kernel(f"rms_norm_{dtype_name(x.dtype)}", out)
-    kernel(*addresses, *_rows(x), weight_C.data_ptr(), eps, torch.get_num_threads())
+    run = named_kernel(f"rms_norm_{dtype_name(x.dtype)}", out)
+    run(*addresses, *rows_of(x), weight_C.data_ptr(), eps, torch.get_num_threads())
     return out, r
 
 
@@ -332,12 +225,12 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx, and dweight_C in fp32."""
     own = dout.shape == x.shape and r.shape == x.shape[:-1] and weight_C.shape == x.shape[-1:]
-    _require(own, "rms_norm's gradient", x, dout, weight_C)
+    require(own, "rms_norm's gradient", x, dout, weight_C)
     x, dout, weight_C = x.contiguous(), dout.contiguous(), weight_C.float().contiguous()
     dx, dweight_C = torch.empty_like(x), torch.empty_like(weight_C)
     addresses = (tensor.data_ptr() for tensor in (x, r, dout, dx, dweight_C))
-    kernel = _kernel(f"rms_norm_backward_{dtype_name(x.dtype)}", dout)
-    kernel(*addresses, *_rows(x), weight_C.data_ptr(), torch.get_num_threads())
+    run = named_kernel(f"rms_norm_backward_{dtype_name(x.dtype)}", dout)
+    run(*addresses, *rows_of(x), weight_C.data_ptr(), torch.get_num_threads())
     return dx, dweight_C
 
 
@@ -386,7 +279,7 @@ def norm_rotary(
     cos_TD, sin_TD = _tables(cos_TD, sin_TD)
     angles = cos_TD.data_ptr(), sin_TD.data_ptr(), len(cos_TD)
     shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles, eps
-    _kernel("norm_rotary", x_NHD)(*addresses, *shapes, torch.get_num_threads())
+    named_kernel("norm_rotary", x_NHD)(*addresses, *shapes, torch.get_num_threads())
     return out_NHD, r_NH
 
 
@@ -410,7 +303,7 @@ def norm_rotary_backward(
     """dx_NHD, and dweight_HD in fp32."""
     _require_heads(x_NHD, weight_HD, cos_TD, sin_TD)
     own = dout_NHD.shape == x_NHD.shape and dout_NHD.dtype == x_NHD.dtype
-    _require(own, "norm_rotary's gradient", x_NHD, dout_NHD)
+    require(own, "norm_rotary's gradient", x_NHD, dout_NHD)
     x_NHD, dout_NHD = _with_dense_rows(x_NHD), dout_NHD.contiguous()
     dx_NHD = torch.empty_like(x_NHD, memory_format=torch.contiguous_format)
     weight_HD = weight_HD.float().contiguous()
@@ -420,7 +313,7 @@ def norm_rotary_backward(
     cos_TD, sin_TD = _tables(cos_TD, sin_TD)
     angles = cos_TD.data_ptr(), sin_TD.data_ptr(), len(cos_TD)
     shapes = _sizes(x_NHD), weight_HD.data_ptr(), angles
-    _kernel("norm_rotary_backward", x_NHD)(*addresses, *shapes, torch.get_num_threads())
+    named_kernel("norm_rotary_backward", x_NHD)(*addresses, *shapes, torch.get_num_threads())
     return dx_NHD, dweight_HD
 
 
@@ -457,7 +350,7 @@ def _require_heads(x_NHD: Tensor, weight_HD: Tensor, cos_TD: Tensor, sin_TD: Ten
     D = x_NHD.shape[-1]
     tables = cos_TD.shape == sin_TD.shape and cos_TD.shape[1:] == (D,) and len(cos_TD) > 0
     own = x_NHD.dim() == 3 and D % 2 == 0 and weight_HD.shape == x_NHD.shape[1:] and tables
-    _require(own, "norm_rotary", x_NHD, weight_HD, cos_TD, sin_TD)
+    require(own, "norm_rotary", x_NHD, weight_HD, cos_TD, sin_TD)
 
 
 def _tables(*tables_TD: Tensor) -> tuple[Tensor, ...]:
@@ -487,7 +380,7 @@ def causal_heads(
     lse_BHT = q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
     vectors = map(_vectors, (q_BHTD, k_BHTD, v_BHTD, out_BHTD))
     threads = torch.get_num_threads()
-    _kernel("attention")(q_BHTD.shape, scale, *vectors, lse_BHT.data_ptr(), threads)
+    named_kernel("attention")(q_BHTD.shape, scale, *vectors, lse_BHT.data_ptr(), threads)
     return out_BHTD, lse_BHT
 
 
@@ -504,7 +397,7 @@ def causal_heads_backward(
     _require_alike(*inputs)
     q_BHTD, k_BHTD, v_BHTD, dout_BHTD = map(_with_dense_vectors, inputs)
     gradients = _gradients(q_BHTD, k_BHTD, v_BHTD)
-    _kernel("attention_backward")(
+    named_kernel("attention_backward")(
         q_BHTD.shape, scale, *map(_vectors, (q_BHTD, k_BHTD, v_BHTD)), lse_BHT.data_ptr(),
         *map(_vectors, (dout_BHTD, *gradients)), torch.get_num_threads(),
     )  # fmt: skip
@@ -555,7 +448,7 @@ def _require_alike(*tensors_BHTD: Tensor) -> None:
         and first.shape[3] % HEAD_DIM_STEP == 0
         and all(x.shape == first.shape and x.dtype == torch.bfloat16 for x in tensors_BHTD)
     )
-    _require(own, "attention", *tensors_BHTD)
+    require(own, "attention", *tensors_BHTD)
 
 
 def _with_dense_vectors(x_BHTD: Tensor) -> Tensor:
@@ -612,6 +505,6 @@ def muon(
             offset = start * columns * tensors[0].element_size()
             maps.append((*(address + offset for address in addresses), size, columns))
     shared = float(options.lr), options.momentum, options.weight_decay, coefficients, iterations
-    _kernel("muon")(maps, *shared, torch.get_num_threads())
+    named_kernel("muon")(maps, *shared, torch.get_num_threads())
     for weight, _, momentum, _ in matrices:  # as torch counts changes, for autograd to see them
         torch.autograd.graph.increment_version((weight, momentum))
