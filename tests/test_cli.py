@@ -44,8 +44,9 @@ def test_train_options() -> None:
         "--tokenizer --vocab-size --valid-fraction --d-model --n-layers --n-heads --n-kv-heads "
         "--d-ff --max-seq-len --out --steps --epochs --minutes --seq-len --stride --batch-size "
         "--micro-batch-size --invented-scripts --embedding-init --optimizer --lr --muon-lr --beta1 "
-        "--beta2 --weight-decay --embedding-decay --schedule --warmup --decay --clip --device --precision "
-        "--seed --deterministic --no-deterministic --on-nan --log-every --eval-every --eval-tokens "
+        "--beta2 --weight-decay --embedding-decay --schedule --warmup --decay --clip --device "
+        "--precision --seed --deterministic --no-deterministic --on-nan --log-every --eval-every "
+        "--eval-tokens "
         "--logger --sample-every --checkpoint-seconds --keep-checkpoints "
         "--cuda-graph --no-cuda-graph"
     )
