@@ -1,5 +1,6 @@
 """Optimizers against plain computations, and the schedule's shape."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tinylm.config import TrainConfig
 from tinylm.kernels.muon import orthogonalise
 from tinylm.model import Transformer
-from tinylm.optim import Muon, Optimizer, lr_factor
+from tinylm.optim import Muon, Optimizer, lr_factor, weight_decay
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 20), (2, 20, 8), (1, 1, 5)])
@@ -78,6 +79,22 @@ def test_matrices_and_embeddings_decay_and_nothing_else(preset: str, optimizer: 
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 2 * kept))
         decayed |= {name} if kept < 1 else set()
     assert len(decayed) == len(model.matrices()) + 1 + (preset == "causal")
+
+
+def test_decay_left_open_fits_the_length_of_an_epoch() -> None:
+    config = TrainConfig.from_preset("modern", lr=0.005, muon_lr=0.01)
+    matrices, embeddings = weight_decay(config, steps_per_epoch=1000)
+    after_an_epoch = (1 - 0.01 * matrices) ** 1000, (1 - 0.005 * embeddings) ** 1000
+    assert after_an_epoch == pytest.approx((math.exp(-1), math.exp(-0.5)), rel=1e-3)
+    # The same whatever the learning rates are.
+    other = weight_decay(replace(config, lr=0.01, optimizer="adamw"), 1000)
+    assert other == pytest.approx((0.1, 0.05))
+    # Text so short that an epoch is less than a step does not wipe out the weights.
+    assert weight_decay(config, steps_per_epoch=0.1) == pytest.approx((1.0, 2.0))
+    # What is asked for stands; and there is none where no epoch ever ends.
+    asked = replace(config, weight_decay=0.0, embedding_decay=0.25)
+    assert weight_decay(asked, 1000) == (0.0, 0.25)
+    assert weight_decay(config, math.inf) == (0.0, 0.0)
 
 
 def test_muon_follows_nesterov_momentum_and_decays() -> None:

@@ -107,9 +107,11 @@ class TrainConfig:
     muon_lr: float = option(0.01, "peak learning rate of Muon")
     beta1: float = option(0.9, "AdamW's first-moment decay")
     beta2: float = option(0.999, "AdamW's second-moment decay")
-    weight_decay: float = option(0.3, "decoupled weight decay of the blocks' matrices")
-    embedding_decay: float = option(
-        0.1, "decoupled weight decay of the embedding, and of a head that is not tied to it"
+    weight_decay: float | None = option(
+        None, "decoupled weight decay of the blocks' matrices; by the length of an epoch if unset"
+    )
+    embedding_decay: float | None = option(
+        None, "the same of the embedding, and of a head that is not tied to it"
     )
     schedule: Literal["wsd", "constant"] = option(
         "wsd", "wsd: warm up, stay, decay linearly to zero; constant: always the peak rate"
@@ -281,7 +283,7 @@ def _positive(config: Any, *names: str) -> None:
 def _not_negative(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not 0 <= value < math.inf:
+        if value is not None and not 0 <= value < math.inf:
             raise InputError(f"{name} is {value}; it must be at least 0, and finite")
 
 

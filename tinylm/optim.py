@@ -6,8 +6,9 @@ as fast as frequent ones. Embeddings, norms and biases are not maps between hidd
 stay with AdamW (Loshchilov and Hutter 2019).
 """
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,11 +66,41 @@ class Muon(torch.optim.Optimizer):
         return momentum
 
 
+# At the peak learning rate matrices and embeddings keep exp(-1) and exp(-1/2) of themselves in an
+# epoch, unless it is so short that they would lose more than 1 % in a step: the time in which
+# weights forget should be a part of the time in which they see all the text (Wang and Aitchison
+# 2024). Measurements are in docs/recipe.md.
+MATRIX_DECAY, EMBEDDING_DECAY, LARGEST_DECAY = 1.0, 0.5, 0.01
+
+
+class Decay(NamedTuple):
+    """Decoupled weight decay, which a step multiplies by its learning rate."""
+
+    matrices: float
+    embeddings: float
+
+
+def weight_decay(config: TrainConfig, steps_per_epoch: float) -> Decay:
+    """What ``config`` asks for, and where it leaves it open, what fits the length of an epoch."""
+    matrix_lr = config.muon_lr if config.optimizer == "muon" else config.lr
+
+    def fitting(per_epoch: float, lr: float) -> float:
+        return min(per_epoch / steps_per_epoch, LARGEST_DECAY) / lr
+
+    matrices, embeddings = config.weight_decay, config.embedding_decay
+    if matrices is None:
+        matrices = fitting(MATRIX_DECAY, matrix_lr)
+    if embeddings is None:
+        embeddings = fitting(EMBEDDING_DECAY, config.lr)
+    return Decay(matrices, embeddings)
+
+
 class Optimizer:
     """The optimizers of one run, stepped together; knows its state by parameter names.
 
     Args:
         muon_dtype: see `Muon`.
+        steps_per_epoch: what weight decay is fitted to that ``config`` leaves open.
         on_device: learning rates are tensors beside the parameters, for steps that the host only
             sets off, and a CUDA graph may hold. Then AdamW is torch's fused one.
     """
@@ -80,6 +111,7 @@ class Optimizer:
         config: TrainConfig,
         muon_dtype: torch.dtype = torch.float32,
         on_device: bool = False,
+        steps_per_epoch: float = math.inf,
     ) -> None:
         named = dict(model.named_parameters())
         where = next(model.parameters()).device
@@ -89,12 +121,13 @@ class Optimizer:
         embeddings = {n: p for n, p in named.items() if n in ("embedding.weight", "head.weight")}
         others = [p for n, p in named.items() if n not in matrices and n not in embeddings]
         self._names: dict[Tensor, str] = {p: n for n, p in named.items()}
+        self.decay = weight_decay(config, steps_per_epoch)
 
         adamw = torch.optim.AdamW(
             [
                 {"params": others, "weight_decay": 0.0},
-                {"params": list(embeddings.values()), "weight_decay": config.embedding_decay},
-                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": list(embeddings.values()), "weight_decay": self.decay.embeddings},
+                {"params": decayed, "weight_decay": self.decay.matrices},
             ],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
@@ -104,7 +137,7 @@ class Optimizer:
         if on_muon:
             pairs = [(named[name], stacked) for name, stacked in on_muon.items()]
             self._parts.append(
-                Muon(pairs, config.muon_lr, weight_decay=config.weight_decay, dtype=muon_dtype)
+                Muon(pairs, config.muon_lr, weight_decay=self.decay.matrices, dtype=muon_dtype)
             )
         for part in self._parts:
             for group in part.param_groups:

@@ -238,6 +238,9 @@ def _introduce(trainer: Trainer, progress: TrainingProgress) -> None:
     else:
         length = f"{trainer.total_steps:,} steps"
     progress.say(f"length  {length}, {config.batch_size} windows of {config.seq_len} tokens a step")
+    if any(decay := trainer.optimizer.decay):
+        parts = f"{decay.matrices:.3g} of matrices, {decay.embeddings:.3g} of embeddings"
+        progress.say(f"decay   of weights: {parts}")
     if trainer.world.size > 1:
         progress.say(f"shared  by {trainer.world.size} processes")
     if not config.model.causal:

@@ -91,7 +91,8 @@ class Trainer:
         config, device, world = self.config, self.device, self.world
         on_device = runs_on_device(device, world)
         muon_dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
-        self.optimizer = Optimizer(self.model, config, muon_dtype, on_device)
+        epoch = self.sampler.steps_per_epoch
+        self.optimizer = Optimizer(self.model, config, muon_dtype, on_device, epoch)
         parts = self.model, self.optimizer, config, device
         if on_device:
             return DeviceStep(*parts, self.sampler, self.progress.say)
