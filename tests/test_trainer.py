@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -191,6 +192,20 @@ def test_epochs_end_where_the_text_does(small_run: MakeConfig, tmp_path: Path) -
     assert [r["epoch"] for r in epochs] == [1, 2]
     assert epochs[1]["epoch_loss"] < epochs[0]["epoch_loss"]
     assert epochs[1]["step"] == records(tmp_path / "run", "loss")[-1]["step"]
+
+
+def test_weights_decay_by_the_length_of_an_epoch(small_run: MakeConfig, capfd: Any) -> None:
+    """Of the training text, invented scripts included; as said, unless another is asked for."""
+    train(small_run(steps=None, epochs=2.0, batch_size=4, log_every=1000))
+    said = capfd.readouterr().err
+    steps = int(re.search(r"length  (\d+) steps", said)[1]) / 2  # type: ignore[index]
+    matrices, embeddings = 1 / steps / 0.01, 0.5 / steps / 0.005
+    assert steps > 100  # else it would be bounded
+    shown = re.search(r"decay   of weights: (\S+) of matrices, (\S+) of embeddings", said)
+    assert shown is not None
+    assert [float(n) for n in shown.groups()] == pytest.approx([matrices, embeddings], rel=0.02)
+    train(small_run(weight_decay=0.0, embedding_decay=0.0), fresh=True)
+    assert "decay   of weights" not in capfd.readouterr().err
 
 
 def test_the_notebook_shows_its_leak(small_run: MakeConfig, tmp_path: Path, capfd: Any) -> None:
