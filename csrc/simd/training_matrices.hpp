@@ -47,6 +47,22 @@ struct Tile {
   Floats sums[kTileRows][2];
 };
 
+// out (+)= left right, kTileRows × kTileColumns of it: of vectors or tiles.
+template <bool accumulate>
+TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t steps, Numbers out);
+
+// out (+)= left right; `rows` and `columns` are multiples of kTileRows and kTileColumns.
+template <bool accumulate>
+TINYLM_VARIANT void multiply(Left left, Right right, std::size_t steps, Numbers out,
+                             std::size_t rows, std::size_t columns) {
+  for (std::size_t column = 0; column < columns; column += kTileColumns) {
+    for (std::size_t row = 0; row < rows; row += kTileRows) {
+      multiply_tile<accumulate>(left.from_row(row), right.from_column(column), steps,
+                                {out.data + row * out.stride + column, out.stride});
+    }
+  }
+}
+
 // Memory on whole cache lines, given out piece by piece.
 class Scratch {
  public:

@@ -40,7 +40,6 @@ TINYLM_VARIANT inline Tile product(Left left, Right right, std::size_t steps) {
   return plus_product(tile, left, right, steps);
 }
 
-// out (+)= left right, kTileRows × kTileColumns of it.
 template <bool accumulate>
 TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t steps, Numbers out) {
   Tile tile;
@@ -57,18 +56,6 @@ TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t ste
   for (std::size_t row = 0; row < kTileRows; ++row) {
     for (std::size_t i = 0; i < 2; ++i) {
       store(out.data + row * out.stride + i * kWidth, tile.sums[row][i]);
-    }
-  }
-}
-
-// out (+)= left right; `rows` and `columns` are multiples of kTileRows and kTileColumns.
-template <bool accumulate>
-TINYLM_VARIANT void multiply(Left left, Right right, std::size_t steps, Numbers out,
-                             std::size_t rows, std::size_t columns) {
-  for (std::size_t column = 0; column < columns; column += kTileColumns) {
-    for (std::size_t row = 0; row < rows; row += kTileRows) {
-      multiply_tile<accumulate>(left.from_row(row), right.from_column(column), steps,
-                                {out.data + row * out.stride + column, out.stride});
     }
   }
 }

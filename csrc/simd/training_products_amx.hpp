@@ -81,7 +81,7 @@ TINYLM_VARIANT inline Left left_of(const Word* interleaved, std::size_t stride, 
                : "r"(to), "r"(static_cast<std::size_t>(stride_in_words) * sizeof(Word)) \
                : "memory")
 
-// out (+)= left right, kTileRows × kTileColumns of it; `steps` is a multiple of kUnit.
+// `steps` is a multiple of kUnit.
 template <bool accumulate>
 TINYLM_VARIANT inline void multiply_tile(Left left, Right right, std::size_t steps, Numbers out) {
   float* const lower = out.data + kUnit * out.stride;
@@ -120,16 +120,4 @@ TINYLM_VARIANT inline Tile product(Left left, Right right, std::size_t steps) {
   Tile tile;
   multiply_tile<false>(left, right, steps, {reinterpret_cast<float*>(tile.sums), kTileColumns});
   return tile;
-}
-
-// out (+)= left right; `rows` and `columns` are multiples of kTileRows and kTileColumns.
-template <bool accumulate>
-TINYLM_VARIANT void multiply(Left left, Right right, std::size_t steps, Numbers out,
-                             std::size_t rows, std::size_t columns) {
-  for (std::size_t column = 0; column < columns; column += kTileColumns) {
-    for (std::size_t row = 0; row < rows; row += kTileRows) {
-      multiply_tile<accumulate>(left.from_row(row), right.from_column(column), steps,
-                                {out.data + row * out.stride + column, out.stride});
-    }
-  }
 }
