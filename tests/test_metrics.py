@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tinylm import metrics as metrics_module
 from tinylm.metrics import MetricsFile, plot_loss, plot_runs, write_samples
 from tinylm.progress import duration
@@ -102,6 +104,27 @@ def test_a_record_is_there_at_once_and_whole(tmp_path: Path) -> None:
         assert path.read_bytes().endswith(b'"]}\n')  # nothing waits in a buffer
         time.sleep(0.002)
     assert reader.wait(timeout=60) == 0
+
+
+def test_a_line_that_is_being_written_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rest, there a moment later, is no line: what follows would stand where it belongs."""
+    path, loads = tmp_path / "m.jsonl", json.loads
+    path.write_text('{"step": 0}\n{"st')
+
+    def grow(text: str) -> object:
+        if not text.endswith("\n"):
+            with open(path, "a") as file:
+                file.write('ep": 1}\n{"step": 2}\n')
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", grow)
+    assert [r["step"] for r in MetricsFile(path).records()] == [0]
+    monkeypatch.undo()
+    with open(path, "a") as file:
+        file.write('ep": 1}\n')
+    assert [r["step"] for r in MetricsFile(path).records()] == [0, 1]
 
 
 def test_every_line_is_strict_json(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ class MetricsFile:
             return
         with open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                with suppress(ValueError):  # not yet, or never, written to its end
+                if not line.endswith("\n"):  # being written: the file would go on in its middle
+                    return
+                with suppress(ValueError):  # never written to its end
                     record = json.loads(line)
                     if isinstance(record, dict) and isinstance(record.get("step"), int):
                         yield record
