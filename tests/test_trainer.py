@@ -198,7 +198,9 @@ def test_weights_decay_by_the_length_of_an_epoch(small_run: MakeConfig, capfd: A
     """Of the training text, invented scripts included; as said, unless another is asked for."""
     train(small_run(steps=None, epochs=2.0, batch_size=4, log_every=1000))
     said = capfd.readouterr().err
-    steps = int(re.search(r"length  (\d+) steps", said)[1]) / 2  # type: ignore[index]
+    length = re.search(r"length  (\d+) steps", said)
+    assert length is not None
+    steps = int(length[1]) / 2
     matrices, embeddings = 1 / steps / 0.01, 0.5 / steps / 0.005
     assert steps > 100  # else it would be bounded
     shown = re.search(r"decay   of weights: (\S+) of matrices, (\S+) of embeddings", said)

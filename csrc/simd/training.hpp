@@ -1,7 +1,8 @@
 // The passes over memory of a training step on a CPU, each of several of torch's in one:
-// exponentials of logits, SwiGLU, norm and rotary of heads, and all of causal attention. Numbers
-// are fp32 or bf16, a bf16 as the upper half of the fp32; sums are fp32. Every variant for an
-// instruction set computes the same, but for rounding.
+// exponentials of logits, SwiGLU, norm and rotary of heads; and as wholes causal attention, the
+// feed-forward layer, the head with its cross-entropy, and a step of Muon. Numbers are fp32 or
+// bf16, a bf16 as the upper half of the fp32; sums are fp32. Every variant for an instruction set
+// computes the same, but for rounding.
 #pragma once
 
 #include <cstddef>

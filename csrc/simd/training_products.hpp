@@ -2,7 +2,7 @@
 // includes this; see training_matrices.hpp. A word of the left factor, in every lane, is multiplied
 // with a vector of words of the right.
 
-// What products need of a thread; nothing here.
+// What products need of a thread; nothing here (the constructor keeps it from being called unused).
 struct MatrixUnit {
   MatrixUnit() {}
 };
