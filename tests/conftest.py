@@ -2,7 +2,9 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = SMALL | {"data": str(data), "out": str(folder / "run"), "steps": 150, "lr": 1e-2}
     train(TrainConfig.from_preset("modern", **options), quiet=True)
     return folder / "run"
+
+
+@pytest.fixture
+def meta_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets models compute on tensors without values, see `meta_device`."""
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())
+    adam = sys.modules["torch.optim.adam"]  # torch.optim itself hides it
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)

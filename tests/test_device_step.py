@@ -6,9 +6,7 @@ What needs a GPU stands in test_gpu.py.
 
 import itertools
 import math
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -18,10 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from meta_device import MetaDevice, OnDeviceOnly
 
-from tinylm import device_step
+from tinylm import device_step, graph
 from tinylm.config import TrainConfig
 from tinylm.data import feed
 from tinylm.data.feed import DeviceWindows
@@ -299,38 +296,6 @@ def test_no_scale_mends_what_is_not_an_overflow() -> None:
 # --- what a CUDA graph can hold ------------------------------------------------------------------
 
 
-class OnDeviceOnly(TorchDispatchMode):
-    """Every tensor of every operation is on the meta device, which has no values: whatever reads
-    one (``.item()``, ``if tensor``, a mask as an index) raises there, as it does in a capture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = str(func), kwargs or {}
-        # What meta tensors lack, and does nothing but write into its arguments.
-        out = None if "_fused_adamw_" in name else func(*args, **kwargs)
-        self.operations.append(name)
-        for tensor in tree_leaves((args, kwargs, out)):
-            if isinstance(tensor, torch.Tensor):
-                assert tensor.device.type == "meta", f"{name} has a tensor on {tensor.device}"
-        return out
-
-
-class MetaDevice(Device):
-    def autocast(self) -> Any:
-        return nullcontext()
-
-
-@pytest.fixture
-def meta_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)
-    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())
-    adam = sys.modules["torch.optim.adam"]  # torch.optim itself hides it
-    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize(("resident", "on_nan"), [(True, "stop"), (False, "skip")])
@@ -373,13 +338,12 @@ def test_a_capture_that_fails_leaves_an_eager_run(monkeypatch: pytest.MonkeyPatc
     step, other = make(), make()
     step._graphed, step._say = True, said.append
 
-    def fail() -> None:
-        assert step.optimizer.capturable is False
-        step.optimizer.capturable = True
+    def fail(compute: Callable[[], None]) -> None:
+        assert step.optimizer.capturable
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(step, "_warm_up", lambda: [step.compute() for _ in range(3)])
-    monkeypatch.setattr(step, "_capture", fail)
+    monkeypatch.setattr(graph, "_warm_up", lambda compute: [compute() for _ in range(3)])
+    monkeypatch.setattr(graph, "_capture", fail)
     monkeypatch.setattr("torch.cuda.current_stream", lambda: None)
     monkeypatch.setattr("torch.cuda.set_stream", lambda stream: None)
     assert run(step, 6) == run(other, 6)

@@ -19,6 +19,7 @@ from test_device_step import PRESETS, assert_equal, make, run, state
 from tinylm.config import TrainConfig
 from tinylm.data import feed
 from tinylm.device import choose_device, determinism
+from tinylm.device_evaluation import DeviceEvaluation
 from tinylm.device_step import DeviceStep
 from tinylm.evaluate import evaluate
 from tinylm.run import train
@@ -85,18 +86,54 @@ def test_steps_never_wait_for_the_gpu(
     assert not step.settle()[-1].overflow
 
 
-def test_an_evaluation_waits_once() -> None:
-    model = gpu_step().model
-    ids = np.random.default_rng(0).integers(0, 30, 50_000).astype(np.uint16)
-    evaluate(model, ids, eos_id=1, unk_id=0)
+IDS = np.random.default_rng(0).integers(0, 30, 50_000).astype(np.uint16)
+
+
+def gpu_evaluation(step: DeviceStep, graphed: bool, prefix_only: bool) -> DeviceEvaluation:
+    options: dict[str, Any] = {"seq_len": 8, "eos_id": 1, "unk_id": 0, "limit": None}
+    options |= {"device": step.device, "prefix_only": prefix_only}
+    say = step.said.append  # type: ignore[attr-defined]
+    return DeviceEvaluation(step.model, IDS, graphed=graphed, say=say, **options)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])
+@pytest.mark.parametrize("prefix_only", [True, False])
+def test_captured_evaluations_have_the_bits_of_eager_ones(
+    preset: str, precision: str, prefix_only: bool
+) -> None:
+    step = gpu_step(precision, preset=preset)
+    graph, eager = (gpu_evaluation(step, graphed, prefix_only) for graphed in (True, False))
+    options: dict[str, Any] = {"eos_id": 1, "unk_id": 0, "seq_len": 8, "prefix_only": prefix_only}
+    for number in range(1, 4):
+        totals = graph()
+        assert totals == eager()
+        other = evaluate(step.model, IDS, device=step.device, **options)
+        assert totals.nats == pytest.approx(other.nats, rel=1e-5)
+        step.issue(number, 1.0)
+        step.settle()
+    assert step.said == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("graphed", [True, False])
+def test_an_evaluation_waits_once(graphed: bool) -> None:
+    evaluation = gpu_evaluation(gpu_step(), graphed, True)
+    model = evaluation._model
+    assert waits(evaluation) == 1
+    assert waits(lambda: evaluate(model, IDS, eos_id=1, unk_id=0)) == 1
+
+
+def waits(evaluation: Callable[[], object]) -> int:
+    """How often the host waits for the device in an evaluation that is not the first."""
+    evaluation()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as waits:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            evaluate(model, ids, eos_id=1, unk_id=0)
+            evaluation()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in waits if "synchronizing" in str(w.message)]) == 1
+    return len([w for w in caught if "synchronizing" in str(w.message)])
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tinylm import graph
 from tinylm.config import TrainConfig
 from tinylm.data.feed import DeviceWindows, fits
 from tinylm.data.windows import WindowSampler
@@ -24,7 +25,6 @@ from tinylm.step import GROWTH_STEPS, LossScale, Outcome, Step
 from tinylm.watch import MOST_SKIPPED
 
 LEAD = 100  # steps, at most, between two looks at the outcomes
-WARM_UPS = 3  # eager steps before a capture: kernels are compiled, cuBLAS finds its workspace
 UPDATED, OVERFLOW, FAILED = range(3)
 
 
@@ -131,6 +131,7 @@ class DeviceStep(Step):
         return self._outcomes() if ready else []
 
     def settle(self) -> list[Outcome]:
+        self.windows.settle()  # what is done between steps may be captured too
         outcomes = self._outcomes()
         self._copy_log()
         return outcomes + self._outcomes()
@@ -157,36 +158,18 @@ class DeviceStep(Step):
 
     def _captured(self) -> Callable[[], None]:
         """Replays the step, or computes it where capturing fails. The state stays as it is."""
-        halted, stream = self._halted.clone(), torch.cuda.current_stream()
+        halted = self._halted.clone()
         self._halted.fill_(True)  # what runs to warm up changes nothing
-        self._warm_up()
         try:
-            return self._capture().replay
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            self._say(f"steps run eagerly: capturing them as a CUDA graph failed ({reason})")
-            return self.compute
+            return graph.captured(self.compute, "steps", self._say, self._ready_for_capture)
         finally:
             self.optimizer.capturable = False
-            torch.cuda.set_stream(stream)  # where a failed capture leaves another one
             self._halted.copy_(halted)
 
-    def _warm_up(self) -> None:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self.compute()
-        torch.cuda.current_stream().wait_stream(side)
-        self.windows.settle()  # its thread could disturb the capture
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _ready_for_capture(self) -> None:
+        self.windows.settle()
         self.optimizer.zero_grad()  # gradients are to lie in the graph's memory
         self.optimizer.capturable = True
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.compute()
-        return graph
 
     # --- what the device does --------------------------------------------------------------------
 

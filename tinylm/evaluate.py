@@ -108,21 +108,54 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    shown = _masked(model) if prefix_only and model.config.n_layers == 1 else model
     seq_len = min(seq_len or model.config.max_seq_len, max(1, len(ids)))
     inputs, targets = windows(ids, seq_len, eos_id, limit)
     where = next(model.parameters()).device
-    sums = _Sums(model, where, unk_id)
-    for start in range(0, len(inputs), batch := max(1, 8192 // seq_len)):
+    evaluator = Evaluator(model, unk_id, device, prefix_only)
+    for start in range(0, len(inputs), batch := batch_size(seq_len)):
         part = slice(start, start + batch)
-        x_BT, y_BT = _sent(inputs[part], where), _sent(targets[part], where)
-        with device.autocast() if device else _fp32(where):
-            for h_NC, positions in _positions(shown, x_BT, prefix_only):
-                # Only the end of the last window is padded.
-                count = int((targets[part][:, positions] != IGNORE).sum())
-                sums.add(h_NC[:count], y_BT[:, positions].flatten()[:count])
+        evaluator.add(_sent(inputs[part], where), _sent(targets[part], where))
     model.train(training)
-    return sums.totals()
+    return evaluator.totals()
+
+
+def batch_size(seq_len: int) -> int:
+    """Windows at once."""
+    return max(1, 8192 // seq_len)
+
+
+class Evaluator:
+    """Adds up loss and hits of one batch of windows after another.
+
+    All of it happens on the device, where nothing waits for it until `totals`. The weights are the
+    model's own, as they are when a batch is added.
+
+    Args: see `evaluate`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        unk_id: int | None = None,
+        device: Device | None = None,
+        prefix_only: bool = True,
+    ) -> None:
+        where = next(model.parameters()).device
+        self._shown = _masked(model) if prefix_only and model.config.n_layers == 1 else model
+        self._device, self._where, self._prefix_only = device, where, prefix_only
+        self._sums = _Sums(model, where, unk_id)
+
+    def add(self, x_BT: Tensor, y_BT: Tensor) -> None:
+        """Of inputs, and targets that may be ``IGNORE``."""
+        with self._device.autocast() if self._device else _fp32(self._where):
+            for h_NC, positions in _positions(self._shown, x_BT, self._prefix_only):
+                self._sums.add(h_NC, y_BT[:, positions].flatten())
+
+    def clear(self) -> None:
+        self._sums.clear()
+
+    def totals(self) -> Totals:
+        return self._sums.totals()
 
 
 @torch.no_grad()
@@ -172,14 +205,14 @@ def _fp32(where: torch.device) -> AbstractContextManager[object]:
 
 
 def _masked(model: Transformer) -> Transformer:
-    """The same weights with a causal mask.
+    """The very same weights with a causal mask.
 
     A model of one layer then computes what it would from each prefix alone: its keys and values
     are those of single tokens, which no later token changes.
     """
     if model.config.causal:
         return model
-    masked = copy.deepcopy(model)
+    masked = copy.deepcopy(model, {id(p): p for p in model.parameters()}).eval()
     for part in masked.modules():
         if isinstance(part, Transformer | Attention):
             part.config = replace(part.config, causal=True)
@@ -203,29 +236,30 @@ class _Sums:
     def __init__(self, model: Transformer, where: torch.device, unk_id: int | None) -> None:
         self._model, self._unk_id = model, unk_id
         self._rows = ROWS.get(where.type, 4096)
-        self._tokens = 0
-        self._sums = torch.zeros(6, dtype=torch.float64, device=where)
+        self._sums = torch.zeros(7, dtype=torch.float64, device=where)
 
     def add(self, h_NC: Tensor, y_N: Tensor) -> None:
-        """Of hidden states, and the tokens that follow them."""
-        self._tokens += len(y_N)
+        """Of hidden states, and the tokens that follow them; none where that is ``IGNORE``."""
         for start in range(0, len(y_N), self._rows):
             y = y_N[start : start + self._rows]
             logits_NV = self._model.logits(h_NC[start : start + self._rows]).float()
-            own_N = logits_NV.gather(1, y[:, None])
-            nats_N = torch.logsumexp(logits_NV, dim=1) - own_N.squeeze(1)
+            own_N = logits_NV.gather(1, y.clamp(min=0)[:, None])
             # Rank among all logits; ties count against the model.
             rank_N = (logits_NV >= own_N).sum(dim=1) - 1
-            first_N, known_N = (rank_N < 1).float(), torch.ones_like(nats_N)
-            if self._unk_id is not None:
-                known_N = (y != self._unk_id).float()
-            rows = nats_N, nats_N * known_N, (rank_N < 5).float(), first_N, first_N * known_N
-            self._sums += torch.stack((known_N, *rows)).sum(dim=1, dtype=torch.float64)
+            token_N = (y != IGNORE).float()
+            nats_N = (torch.logsumexp(logits_NV, dim=1) - own_N.squeeze(1)) * token_N
+            first_N, fifth_N = (rank_N < 1) * token_N, (rank_N < 5) * token_N
+            known_N = token_N if self._unk_id is None else (y != self._unk_id) * token_N
+            rows = token_N, known_N, nats_N, nats_N * known_N, fifth_N, first_N, first_N * known_N
+            self._sums += torch.stack(rows).sum(dim=1, dtype=torch.float64)
+
+    def clear(self) -> None:
+        self._sums.zero_()
 
     def totals(self) -> Totals:
-        known, nats, known_nats, top5, top1, known_top1 = self._sums.tolist()
+        tokens, known, nats, known_nats, top5, top1, known_top1 = self._sums.tolist()
         counts = int(top1), int(top5), int(known_top1)
-        return Totals(self._tokens, self._tokens - int(known), nats, known_nats, *counts)
+        return Totals(int(tokens), int(tokens - known), nats, known_nats, *counts)
 
 
 def bits_per_byte(totals: Totals, text: EvalText) -> float:

@@ -1,14 +1,15 @@
 """What comes between the steps of a run, evaluations and samples: when, how, and for how long."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tinylm.config import TrainConfig
 from tinylm.data import Dataset
 from tinylm.device import Device
+from tinylm.device_evaluation import DeviceEvaluation
 from tinylm.eta import Eta
-from tinylm.evaluate import evaluate
+from tinylm.evaluate import Totals, evaluate
 from tinylm.generate import Sampling
 from tinylm.lm import LanguageModel
 from tinylm.model import Transformer
@@ -80,24 +81,60 @@ class Milestones:
         return math.ceil(self._total_steps / every) - step // every
 
 
-def validate(
-    model: Transformer, dataset: Dataset, config: TrainConfig, device: Device | None
-) -> dict[str, float]:
-    """Loss and top-1 on a fixed part of the validation split; of a model that looks ahead, the
-    leaked loss too. In the precision of ``device``, or in fp32 if None."""
-    options: dict[str, Any] = {
-        "eos_id": dataset.tokenizer.eos_id,
-        "unk_id": dataset.tokenizer.unk_id,
-        "seq_len": config.seq_len,
-        "limit": config.eval_tokens,
-        "device": device,
-    }
-    totals = evaluate(model, dataset.valid.ids, **options)
-    record = {"valid_loss": totals.loss, "valid_top1": totals.top1 / totals.tokens}
-    if not config.model.causal:
-        leaked = evaluate(model, dataset.valid.ids, prefix_only=False, **options)
-        record["valid_leaked_loss"] = leaked.loss
-    return record
+class Validation:
+    """Loss and top-1 on a fixed part of the validation split, as a model learns; of a model that
+    looks ahead, the leaked loss too.
+
+    Args:
+        on_device: evaluations are `DeviceEvaluation`, captured as CUDA graphs unless ``config``
+            has none.
+        say: told why they are not captured, where that fails.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        dataset: Dataset,
+        config: TrainConfig,
+        device: Device,
+        on_device: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self._model, self._ids, self._device = model, dataset.valid.ids, device
+        self._looks_ahead = not config.model.causal
+        self._options: dict[str, Any] = {
+            "eos_id": dataset.tokenizer.eos_id,
+            "unk_id": dataset.tokenizer.unk_id,
+            "seq_len": config.seq_len,
+            "limit": config.eval_tokens,
+        }
+        self._on_device = on_device
+        self._graphed: dict[str, Any] = {
+            "graphed": device.type == "cuda" and config.cuda_graph,
+            "say": say,
+        }
+        self._kept: dict[bool, DeviceEvaluation] = {}  # by whether the future is hidden
+
+    def __call__(self, precise: bool = False) -> dict[str, float]:
+        """The record of the weights as they are, computed in the precision of training, or in
+        fp32 if ``precise``."""
+        totals = self._totals(precise, prefix_only=True)
+        record = {"valid_loss": totals.loss, "valid_top1": totals.top1 / totals.tokens}
+        if self._looks_ahead:
+            record["valid_leaked_loss"] = self._totals(precise, prefix_only=False).loss
+        return record
+
+    def _totals(self, precise: bool, prefix_only: bool) -> Totals:
+        options = self._options | {
+            "device": None if precise else self._device,
+            "prefix_only": prefix_only,
+        }
+        if precise or not self._on_device:  # precise ones are not made again and again
+            return evaluate(self._model, self._ids, **options)
+        if prefix_only not in self._kept:
+            parts = self._model, self._ids
+            self._kept[prefix_only] = DeviceEvaluation(*parts, **options, **self._graphed)
+        return self._kept[prefix_only]()
 
 
 def draw_samples(model: Transformer, dataset: Dataset, config: TrainConfig) -> list[str]:

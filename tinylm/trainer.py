@@ -26,7 +26,7 @@ from tinylm.embeddings import initial_model
 from tinylm.errors import InputError, TrainingError
 from tinylm.eta import Eta
 from tinylm.metrics import MetricsFile, plot_loss, write_samples
-from tinylm.milestones import Milestones, draw_samples, validate
+from tinylm.milestones import Milestones, Validation, draw_samples
 from tinylm.optim import Optimizer, lr_factor
 from tinylm.progress import TrainingProgress, duration
 from tinylm.signals import Interrupted, stop_requests
@@ -86,6 +86,8 @@ class Trainer:
         self._session_start = self._last_checkpoint = time.monotonic()
         self.eta = Eta(lambda: time.monotonic())
         self.milestones = Milestones(config, self.total_steps, len(dataset.valid.ids), self.eta)
+        on_device = runs_on_device(device, self.world)
+        self.validation = Validation(self.model, dataset, config, device, on_device, progress.say)
 
     def _make_step(self) -> Step:
         config, device, world = self.config, self.device, self.world
@@ -364,8 +366,7 @@ class Trainer:
 
         Computed in the precision of training, or in fp32 if ``precise``.
         """
-        state, device = self.state, None if precise else self.device
-        record = validate(self.model, self.dataset, self.config, device)
+        state, record = self.state, self.validation(precise)
         loss, leaked = record["valid_loss"], record.get("valid_leaked_loss")
         self.metrics.append(self._stamp() | record)
         beside = "" if leaked is None else f" given the prefix only (leaked {leaked:.4f})"
