@@ -132,8 +132,9 @@ class Validation:
         if precise or not self._on_device:  # precise ones are not made again and again
             return evaluate(self._model, self._ids, **options)
         if prefix_only not in self._kept:
-            parts = self._model, self._ids
-            self._kept[prefix_only] = DeviceEvaluation(*parts, **options, **self._graphed)
+            self._kept[prefix_only] = DeviceEvaluation(
+                self._model, self._ids, **options, **self._graphed
+            )
         return self._kept[prefix_only]()
 
 

@@ -1,4 +1,4 @@
-// The kernels of a training step for tinylm/kernels/compiled.py, which checks what it passes:
+// The kernels of a training step for tinylm/kernels/compiled/, which checks what it passes:
 // memory of tensors as addresses, since neither torch nor its tensors are known here.
 #include "simd/training.hpp"
 

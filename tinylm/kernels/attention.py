@@ -78,7 +78,7 @@ def causal_attention(
     if groups > 1:
         k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BHSD, v_BHSD))
     if name == "c++":
-        from tinylm.kernels import compiled
+        from tinylm.kernels.compiled import attention as compiled
 
         dtype = autocast_dtype(q_BHTD)
         q, k, v = (x.to(dtype) for x in (q_BHTD, k_BHSD, v_BHSD))

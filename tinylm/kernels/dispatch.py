@@ -146,7 +146,7 @@ def _in_products(operator: str) -> tuple[str | None, str]:
     Three rest on products of whole matrices of bf16, which torch may do faster: Muon and the
     feed-forward layer are left to it, and the cross-entropy only has it multiply.
     """
-    from tinylm.kernels.compiled import products_refusal
+    from tinylm.kernels.compiled.common import products_refusal
 
     refusal, what = products_refusal(), _COMPILED[operator]
     if operator in ("feed_forward", "muon"):

@@ -45,7 +45,7 @@ def feed_forward(
         )
     check_devices("feed_forward", x, norm_weight_C, up_weight, down_weight_CF)
     if implementation("feed_forward", x.device, backend) == "c++":
-        from tinylm.kernels import compiled_feed_forward as compiled
+        from tinylm.kernels.compiled import feed_forward as compiled
 
         weights = norm_weight_C, up_weight, down_weight_CF
         refusal = compiled.feed_forward_refusal(x, *weights)

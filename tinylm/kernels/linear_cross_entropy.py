@@ -87,7 +87,7 @@ def linear_cross_entropy(
             return _reduced(kernels.loss_N(*inputs, *terms[:4]), targets_N, ignore_index, reduction)
         name = torch_instead("linear_cross_entropy", h_NC.device.type, refusal)
     if name == "c++":
-        from tinylm.kernels import compiled
+        from tinylm.kernels.compiled import linear_cross_entropy as compiled
 
         refusal = compiled.cross_entropy_refusal(h_NC, terms.dtype, softcap)
         terms = terms._replace(compiled=refusal is None)
@@ -247,7 +247,7 @@ def _whole(
     """As `_chunked`, all of it in C++; None where that does not take it."""
     if not terms.compiled or not need[0] or not need[1] or need[2] != (bias_V is not None):
         return None
-    from tinylm.kernels import compiled
+    from tinylm.kernels.compiled import linear_cross_entropy as compiled
 
     if compiled.head_refusal(h_NC, terms.dtype) is not None:
         return None
@@ -394,7 +394,7 @@ def _chunk_compiled(
 
     The division by the sums is left to the rows of the products, as in `_chunk_unshifted`.
     """
-    from tinylm.kernels.compiled import exponentials_
+    from tinylm.kernels.compiled.linear_cross_entropy import exponentials_
 
     keep = targets_R != terms.ignore_index
     target = targets_R.where(keep, 0)[:, None]

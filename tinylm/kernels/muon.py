@@ -63,7 +63,7 @@ def muon_step(
         return
     device = matrices[0].weight.device
     if implementation("muon", device, backend) == "c++":
-        from tinylm.kernels import compiled
+        from tinylm.kernels.compiled import muon as compiled
 
         refusal = compiled.muon_refusal(matrices, options)
         if refusal is None:

@@ -150,7 +150,7 @@ def _compiled_rms_norm(
     x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, backend: str | None
 ) -> Tensor | None:
     """The C++ kernel's result; None if it refuses."""
-    from tinylm.kernels import compiled
+    from tinylm.kernels.compiled import norm as compiled
 
     refusal = compiled.rms_norm_refusal(x, weight, dtype)
     if refusal is None:

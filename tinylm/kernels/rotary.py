@@ -48,9 +48,10 @@ def norm_rotary(
         positions = f"{x_BTHD.shape[1]} positions and tables of {len(cos_TD)}"
         raise InputError(f"norm_rotary of {positions}: these do not belong together")
     if implementation("norm_rotary", x_BTHD.device, backend) == "c++":
-        from tinylm.kernels import compiled
+        from tinylm.kernels.compiled import rotary as compiled
+        from tinylm.kernels.compiled.common import numbers_refusal
 
-        refusal = compiled.refusal(x_BTHD)
+        refusal = numbers_refusal(x_BTHD)
         if refusal is None:
             inputs = x_BTHD.flatten(0, 1), weight_HD, cos_TD, sin_TD, eps
             out_NHD: Tensor = compiled.norm_rotary(*inputs)[0]

@@ -13,9 +13,10 @@ def swiglu(x: Tensor, *, backend: str | None = None) -> Tensor:
         backend: ``"c++"`` or ``"torch"``; chosen by device if None.
     """
     if implementation("swiglu", x.device, backend) == "c++":
-        from tinylm.kernels import compiled
+        from tinylm.kernels.compiled import swiglu as compiled
+        from tinylm.kernels.compiled.common import numbers_refusal
 
-        refusal = compiled.refusal(x)
+        refusal = numbers_refusal(x)
         if refusal is None:
             out: Tensor = compiled.swiglu(x)
             return out

@@ -1,12 +1,17 @@
-"""The feed-forward layer's C++ kernel (``csrc/feed_forward.hpp``), as those in `compiled`."""
+"""A feed-forward layer with its norm and residual (``csrc/feed_forward.hpp``)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinylm.kernels import compiled
-from tinylm.kernels.compiled import MATRIX_STEP, named_kernel, require, rows_of
+from tinylm.kernels.compiled.common import (
+    MATRIX_STEP,
+    named_kernel,
+    products_refusal,
+    require,
+    rows_of,
+)
 from tinylm.kernels.dispatch import autocast_dtype, dtype_name
 
 
@@ -111,4 +116,4 @@ def feed_forward_refusal(x: Tensor, *weights: Tensor) -> str | None:
     C, F = weights[-1].shape
     if C % MATRIX_STEP or F % MATRIX_STEP:
         return f"of widths {C} and {F}; it takes multiples of {MATRIX_STEP}"
-    return compiled.products_refusal() if x.numel() and F else "of nothing"
+    return products_refusal() if x.numel() and F else "of nothing"
