@@ -129,7 +129,7 @@ class TrainConfig:
         False, "the same bits each time on a GPU too, or an error; a resume checks for what differs"
     )
     cuda_graph: bool = option(
-        True, "on one GPU, capture the training step as a CUDA graph; the result stays the same"
+        True, "on one GPU, capture steps and evaluations as CUDA graphs; the results stay the same"
     )
     on_nan: Literal["stop", "skip"] = option(
         "stop", "what to do when loss or gradient is not finite: stop, or skip the step"
