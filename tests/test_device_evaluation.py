@@ -68,7 +68,7 @@ def test_sums_are_those_of_evaluate_as_the_model_learns(preset: str, prefix_only
 
 @given(
     tokens=st.integers(1, 150),
-    seq_len=st.integers(1, 40),
+    seq_len=st.integers(1, 32),
     limit=st.one_of(st.none(), st.integers(1, 100)),
     batch=st.integers(1, 9),
 )
