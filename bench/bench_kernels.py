@@ -350,17 +350,44 @@ def test_swiglu(measure, batch, length, direction, side):
     measure(group, side, side_of(sides, side), reference, (x,), direction, work, dout)
 
 
+def as_in_a_model(operator):
+    """Of fp32 but for the products, which are under autocast."""
+
+    def call(backend, *inputs):
+        half = DTYPE in (torch.float16, torch.bfloat16) and inputs[0].dtype == torch.float32
+        with torch.autocast(inputs[0].device.type, DTYPE, enabled=half):
+            return operator(*inputs, backend=backend)
+
+    return call
+
+
+@pytest.mark.parametrize("side", ["c++", "separate", "compile"])
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("operator", ["norm_linear", "linear_residual"])
+@pytest.mark.parametrize(("batch", "length"), BATCHES)
+def test_projections(measure, batch, length, operator, direction, side):
+    """Queries, keys and values, and what becomes of their attention."""
+    rows, first = batch * length, operator == "norm_linear"
+    outputs = 3 * WIDTH if first else WIDTH
+    second = randn(WIDTH, seed=1).float() if first else randn(rows, WIDTH, seed=1)
+    weight, dout = randn(outputs, WIDTH, seed=2).float() / 8, randn(rows, outputs, seed=3)
+    inputs = randn(rows, WIDTH).float(), second, weight
+    call = as_in_a_model(getattr(kernels, operator))
+    sides = {name: partial(call, name) for name in usable(operator)}
+    sides["compile"] = torch.compile(partial(call, "separate"), dynamic=False)
+    product, read = 2 * rows * WIDTH * outputs, sum(x.nbytes for x in inputs)
+    work = {False: (read, product), True: (3 * read, 3 * product)}
+    dout = dout if first else dout.float()
+    group, reference = f"{operator} {batch}x{length} to {outputs}", partial(call, "separate")
+    measure(group, side, side_of(sides, side), reference, inputs, direction, work, dout)
+
+
 @pytest.mark.parametrize("side", ["c++", "separate", "compile"])
 @pytest.mark.parametrize("direction", PASSES)
 @pytest.mark.parametrize(("batch", "length"), BATCHES)
 def test_feed_forward(measure, batch, length, direction, side):
     """With its norm and residual, in fp32 but for the products, as under autocast in a model."""
-
-    def call(backend, *inputs):
-        half = DTYPE in (torch.float16, torch.bfloat16) and inputs[0].dtype == torch.float32
-        with torch.autocast(inputs[0].device.type, DTYPE, enabled=half):
-            return kernels.feed_forward(*inputs, backend=backend)
-
+    call = as_in_a_model(kernels.feed_forward)
     sides = {name: partial(call, name) for name in usable("feed_forward")}
     sides["compile"] = torch.compile(partial(call, "separate"), dynamic=False)
     rows, hidden = batch * length, 3 * WIDTH

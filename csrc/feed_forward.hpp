@@ -10,7 +10,7 @@ namespace tinylm {
 
 struct FeedForward {
   std::size_t rows;
-  FeedForwardShape shape;  // both widths are multiples of kFeedForwardStep
+  FeedForwardShape shape;  // both widths are multiples of kPanelStep
   const float* x;          // [rows][width]
   const float* up;         // [2 hidden][width]
   const float* down;       // [width][hidden]

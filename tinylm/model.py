@@ -88,11 +88,13 @@ class Attention(nn.Module):
         rotary_TD: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         start_BT: Tensor | None,
+        norm: nn.Module | None = None,
     ) -> Tensor:
+        """With a norm, x + the attention of norm(x)."""
         B, T, C = x_BTC.shape
         H, H_kv = self.config.n_heads, self.config.kv_heads
-        qkv_BTHD = self.qkv(x_BTC).view(B, T, -1, self.config.head_dim)
-        qk_BTHD, v_BTHD = qkv_BTHD.split((H + H_kv, H_kv), dim=2)
+        qkv_BTHD = self._projected(x_BTC, norm).view(B, T, -1, self.config.head_dim)
+        qk_BTHD, v_BTHD = torch.split(qkv_BTHD, [H + H_kv, H_kv], dim=2)
         qk_BHTD = self._placed(qk_BTHD, rotary_TD).transpose(1, 2)
         v_BHTD = v_BTHD.transpose(1, 2)
         q, k = torch.split(qk_BHTD, [H, H_kv], dim=1)
@@ -101,7 +103,17 @@ class Attention(nn.Module):
         out_BHTD = kernels.causal_attention(
             q, k, v_BHTD, causal=self.config.causal, start_BT=start_BT
         )
-        return self.out(out_BHTD.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+        out_BTC = out_BHTD.transpose(1, 2).reshape(B, T, C)
+        if norm is not None and not self.config.bias:
+            return kernels.linear_residual(x_BTC, out_BTC, self.out.weight)
+        out_BTC = self.out(out_BTC)
+        return out_BTC if norm is None else x_BTC + out_BTC  # type: ignore[no-any-return]
+
+    def _projected(self, x_BTC: Tensor, norm: nn.Module | None) -> Tensor:
+        """Queries, keys and values."""
+        if isinstance(norm, RMSNorm) and not self.config.bias:
+            return kernels.norm_linear(x_BTC, norm.weight, self.qkv.weight, norm.eps)
+        return self.qkv(x_BTC if norm is None else norm(x_BTC))  # type: ignore[no-any-return]
 
     def _placed(self, qk_BTHD: Tensor, rotary_TD: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries and keys after their norm and rotation, one call for both."""
@@ -156,7 +168,7 @@ class Block(nn.Module):
         start_BT: Tensor | None,
     ) -> Tensor:
         if self.pre_norm:
-            x_BTC = x_BTC + self.attention(self.norm1(x_BTC), layer, rotary_TD, cache, start_BT)
+            x_BTC = self.attention(x_BTC, layer, rotary_TD, cache, start_BT, self.norm1)
             return self.feed_forward(x_BTC, self.norm2)  # type: ignore[no-any-return]
         x_BTC = self.norm1(x_BTC + self.attention(x_BTC, layer, rotary_TD, cache, start_BT))
         return self.norm2(x_BTC + self.feed_forward(x_BTC))  # type: ignore[no-any-return]

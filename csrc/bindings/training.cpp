@@ -14,6 +14,7 @@
 #include "cross_entropy.hpp"
 #include "feed_forward.hpp"
 #include "memory.hpp"
+#include "projections.hpp"
 #include "simd/instruction_set.hpp"
 #include "team.hpp"
 
@@ -274,6 +275,52 @@ void feed_forward_backward_of(const std::array<std::size_t, 3>& sizes,
                         memory<const float>(dout), memory<float>(dx), sums, threads);
 }
 
+// (rows, inputs, outputs), and x, norm_weight, weight
+NormLinear norm_linear_call(const std::array<std::size_t, 3>& sizes,
+                            const std::array<Address, 3>& inputs, float eps) {
+  const auto [x, norm_weight, weight] = inputs;
+  return {sizes[0],
+          {sizes[1], memory<const float>(norm_weight), eps},
+          sizes[2],
+          memory<const float>(x),
+          memory<const float>(weight)};
+}
+
+void norm_linear_of(const std::array<std::size_t, 3>& sizes, const std::array<Address, 3>& inputs,
+                    float eps, Address y, int threads) {
+  const py::gil_scoped_release release;
+  norm_linear(norm_linear_call(sizes, inputs, eps), memory<Bf16>(y), threads);
+}
+
+void norm_linear_backward_of(const std::array<std::size_t, 3>& sizes,
+                             const std::array<Address, 3>& inputs, float eps, Address dy,
+                             Address dx, Address dweight, Address dnorm_weight, int threads) {
+  const py::gil_scoped_release release;
+  norm_linear_backward(norm_linear_call(sizes, inputs, eps), memory<const Bf16>(dy),
+                       memory<float>(dx), memory<float>(dweight), memory<float>(dnorm_weight),
+                       threads);
+}
+
+// (rows, inputs, outputs)
+LinearResidual linear_residual_call(const std::array<std::size_t, 3>& sizes, Address a,
+                                    Address weight) {
+  return {sizes[0], {sizes[1], sizes[2]}, memory<const Bf16>(a), memory<const float>(weight)};
+}
+
+void linear_residual_of(const std::array<std::size_t, 3>& sizes, Address a, Address weight,
+                        Address x, Address out, int threads) {
+  const py::gil_scoped_release release;
+  linear_residual(linear_residual_call(sizes, a, weight), memory<const float>(x),
+                  memory<float>(out), threads);
+}
+
+void linear_residual_backward_of(const std::array<std::size_t, 3>& sizes, Address a, Address weight,
+                                 Address dout, Address da, Address dweight, int threads) {
+  const py::gil_scoped_release release;
+  linear_residual_backward(linear_residual_call(sizes, a, weight), memory<const float>(dout),
+                           memory<Bf16>(da), memory<float>(dweight), threads);
+}
+
 // (weight, gradient, momentum, rows, columns)
 using Matrix = std::tuple<Address, Address, Address, std::size_t, std::size_t>;
 
@@ -316,6 +363,10 @@ void bind_training(py::module_& m) {
   m.def("attention", &attention);
   m.def("attention_backward", &attention_backward);
   m.def("head_cross_entropy", &head_cross_entropy);
+  m.def("norm_linear", &norm_linear_of);
+  m.def("norm_linear_backward", &norm_linear_backward_of);
+  m.def("linear_residual", &linear_residual_of);
+  m.def("linear_residual_backward", &linear_residual_backward_of);
   m.def("feed_forward", &feed_forward_of);
   m.def("feed_forward_backward", &feed_forward_backward_of);
   m.def("muon", &muon);

@@ -21,7 +21,7 @@ struct Problem {
     std::mt19937_64 random(seed);
     const auto below = [&](std::size_t n) { return static_cast<std::size_t>(random() % n); };
     rows = 1 + below(below(8) ? 70 : 1200);
-    width = kFeedForwardStep * (1 + below(3)), hidden = kFeedForwardStep * (1 + below(4));
+    width = kPanelStep * (1 + below(3)), hidden = kPanelStep * (1 + below(4));
     std::normal_distribution<float> normal;
     const auto fill = [&](std::vector<float>& numbers, std::size_t count, std::size_t inputs) {
       const float scale = 1.0f / std::sqrt(static_cast<float>(inputs));

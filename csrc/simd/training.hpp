@@ -138,6 +138,37 @@ struct HeadKernels {
                         std::size_t begin, std::size_t end, float* dbias);
 };
 
+// A weight matrix of a multiple of kPanelStep rows and columns, rounded to bf16: one panel of it,
+// of its rows, transposed, or of its columns, interleaved (training_matrices.hpp).
+struct PackKernels {
+  void (*transposed)(const float* matrix, std::size_t rows, std::size_t columns, std::size_t panel,
+                     std::uint32_t* panels);
+  void (*interleaved)(const float* matrix, std::size_t rows, std::size_t columns, std::size_t panel,
+                      std::uint32_t* panels);
+};
+
+constexpr std::size_t kPanelStep = 32;
+
+struct LinearShape {
+  std::size_t inputs, outputs;
+};
+
+// norm(x) weightᵀ in bf16, and x + a weightᵀ, for rows [begin, end); see projections.hpp. Weights
+// are packed transposed forwards, interleaved backwards. Backwards write the sums over these rows
+// to dweight and dnorm_weight.
+struct ProjectionKernels {
+  void (*norm_linear)(const NormRows& norm, std::size_t outputs, const float* x,
+                      const std::uint32_t* panels, std::size_t begin, std::size_t end, Bf16* y);
+  void (*norm_linear_backward)(const NormRows& norm, std::size_t outputs, const float* x,
+                               const std::uint32_t* panels, const Bf16* dy, std::size_t begin,
+                               std::size_t end, float* dx, float* dweight, float* dnorm_weight);
+  void (*linear_residual)(const LinearShape& shape, const Bf16* a, const std::uint32_t* panels,
+                          const float* x, std::size_t begin, std::size_t end, float* out);
+  void (*linear_residual_backward)(const LinearShape& shape, const Bf16* a,
+                                   const std::uint32_t* panels, const float* dout,
+                                   std::size_t begin, std::size_t end, Bf16* da, float* dweight);
+};
+
 struct FeedForwardShape {
   std::size_t width, hidden;
   const float* norm_weight;  // [width]
@@ -150,17 +181,10 @@ struct FeedForwardSums {
   float* dnorm_weight;  // [width]
 };
 
-constexpr std::size_t kFeedForwardStep = 32;
-
 // A gated feed-forward layer with its norm and residual, x + down (silu(gate) value) with (gate,
-// value) = up norm(x); see feed_forward.hpp. Sizes are multiples of kFeedForwardStep but for rows.
+// value) = up norm(x); see feed_forward.hpp. Sizes are multiples of kPanelStep but for rows;
+// weights are packed transposed for forward, interleaved for backward.
 struct FeedForwardKernels {
-  // One panel of a matrix [rows][columns]: of its rows, transposed, for forward; of its columns,
-  // interleaved, for backward.
-  void (*pack_transposed)(const float* matrix, std::size_t rows, std::size_t columns,
-                          std::size_t panel, std::uint32_t* panels);
-  void (*pack_interleaved)(const float* matrix, std::size_t rows, std::size_t columns,
-                           std::size_t panel, std::uint32_t* panels);
   // For rows [begin, end). Also writes h = (gate, value).
   void (*forward)(const FeedForwardShape& shape, const float* x, const std::uint32_t* up,
                   const std::uint32_t* down, std::size_t begin, std::size_t end, float* out,
@@ -196,6 +220,8 @@ struct TrainingKernels {
   NormKernels<Bf16, Bf16> norm_bf16;
   AttentionKernels attention;
   HeadKernels head;
+  PackKernels pack;
+  ProjectionKernels projections;
   FeedForwardKernels feed_forward;
   void (*muon_step)(const MuonMatrix& matrix, const MuonOptions& options);
 };

@@ -34,6 +34,7 @@ constexpr std::size_t kTileRows = 32, kHeadRows = 512;
 #include "simd/training_products_amx.hpp"
 #include "simd/training_attention.hpp"
 #include "simd/training_head.hpp"
+#include "simd/training_projections.hpp"
 #include "simd/training_feed_forward.hpp"
 #include "simd/training_muon.hpp"
 // clang-format on
@@ -47,6 +48,8 @@ const TrainingKernels kTrainingKernelsAmx = {row_kernels<float>(),
                                              norm_kernels<Bf16, Bf16>(),
                                              attention_kernels(),
                                              head_kernels(),
+                                             pack_kernels(),
+                                             projection_kernels(),
                                              feed_forward_kernels(),
                                              &muon_step};
 

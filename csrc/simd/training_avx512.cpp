@@ -32,6 +32,7 @@ constexpr std::size_t kTileRows = 8, kHeadRows = 256;
 #include "simd/training_products.hpp"
 #include "simd/training_attention.hpp"
 #include "simd/training_head.hpp"
+#include "simd/training_projections.hpp"
 #include "simd/training_feed_forward.hpp"
 #include "simd/training_muon.hpp"
 // clang-format on
@@ -45,6 +46,8 @@ const TrainingKernels kTrainingKernelsAvx512 = {row_kernels<float>(),
                                                 norm_kernels<Bf16, Bf16>(),
                                                 attention_kernels(),
                                                 head_kernels(),
+                                                pack_kernels(),
+                                                projection_kernels(),
                                                 feed_forward_kernels(),
                                                 &muon_step};
 

@@ -1,72 +1,12 @@
 // A gated feed-forward layer with its norm and residual, for the `Floats` and `Pairs` of the
-// variant that includes this; see FeedForwardKernels in training.hpp and training_matrices.hpp.
+// variant that includes this; see FeedForwardKernels in training.hpp and training_projections.hpp.
 // Some rows at a time, all that comes between x and the sum stays in cache.
-
-static_assert(kFeedForwardStep == kBlock);
-
-// Rows at a time: enough that sums over them, the weights' gradients, are not loaded and stored too
-// often, few enough for the second cache.
-constexpr std::size_t kRowsAtATime = 128;
-
-// Panel `panel` of the rows of a matrix [rows][columns], transposed.
-TINYLM_VARIANT void pack_transposed(const float* matrix, std::size_t, std::size_t columns,
-                                    std::size_t panel, Word* panels) {
-  const std::size_t steps = columns / 2;
-  Scratch scratch(kBlock * steps);
-  Word* const words = scratch.words(kBlock * steps);
-  const float* const from = matrix + panel * kBlock * columns;
-  auto* const rounded = reinterpret_cast<Bf16*>(words);
-  for (std::size_t at = 0; at < kBlock * columns; at += kWidth)
-    store(rounded + at, load(from + at));
-  Word* const to = panels + panel * kBlock * steps;
-  for (std::size_t step = 0; step < steps; ++step) {
-    for (std::size_t row = 0; row < kBlock; ++row) {
-      to[step * kBlock + row] = words[row * steps + step];
-    }
-  }
-}
-
-// Panel `panel` of its columns, interleaved.
-TINYLM_VARIANT void pack_interleaved(const float* matrix, std::size_t rows, std::size_t columns,
-                                     std::size_t panel, Word* panels) {
-  const float* from = matrix + panel * kBlock;
-  Word* to = panels + panel * kBlock * rows / 2;
-  for (std::size_t row = 0; row < rows; row += 2, from += 2 * columns, to += kBlock) {
-    for (std::size_t at = 0; at < kBlock; at += kWidth) {
-      store_pairs(to + at, pairs_of(load(from + at), load(from + columns + at)));
-    }
-  }
-}
-
-// `count` rows of `width` numbers, rounded, zeros up to `padded`.
-TINYLM_VARIANT inline void round_rows(const float* from, std::size_t count, std::size_t padded,
-                                      std::size_t width, Bf16* to) {
-  for (std::size_t at = 0; at < count * width; at += kWidth) store(to + at, load(from + at));
-  std::memset(to + count * width, 0, (padded - count) * width * sizeof(Bf16));
-}
-
-// Rounded rows as panels, interleaved.
-TINYLM_VARIANT inline void interleave_rows(const Bf16* from, std::size_t rows, std::size_t width,
-                                           Word* panels) {
-  for (std::size_t row = 0; row < rows; row += 2, from += 2 * width) {
-    for (std::size_t at = 0; at < width; at += kWidth) {
-      Word* const to = panels + at / kBlock * rows / 2 * kBlock + row / 2 * kBlock + at % kBlock;
-      store_pairs(to, pairs_of(from + at, from + width + at));
-    }
-  }
-}
-
-TINYLM_VARIANT inline void normed_rows(const FeedForwardShape& shape, const float* x,
-                                       std::size_t count, std::size_t padded, Bf16* to, float* r) {
-  const std::size_t width = shape.width;
-  rms_norm<float, Bf16>({width, shape.norm_weight, shape.eps}, x, to, r, 0, count);
-  std::memset(to + count * width, 0, (padded - count) * width * sizeof(Bf16));
-}
 
 TINYLM_VARIANT void feed_forward(const FeedForwardShape& shape, const float* x, const Word* up,
                                  const Word* down, std::size_t begin, std::size_t end, float* out,
                                  Bf16* h) {
   const std::size_t C = shape.width, F = shape.hidden;
+  const NormRows norm{C, shape.norm_weight, shape.eps};
   const MatrixUnit unit;
   Scratch scratch(kRowsAtATime * (C / 2 + F / 2 + C + 1));
   Word* const normed = scratch.words(kRowsAtATime * C / 2);
@@ -75,7 +15,7 @@ TINYLM_VARIANT void feed_forward(const FeedForwardShape& shape, const float* x, 
   float* const r = scratch.numbers(kRowsAtATime);
   for (std::size_t start = begin; start < end; start += kRowsAtATime) {
     const std::size_t count = std::min(end - start, kRowsAtATime), padded = round_up(count);
-    normed_rows(shape, x + start * C, count, padded, reinterpret_cast<Bf16*>(normed), r);
+    normed_rows(norm, x + start * C, count, padded, reinterpret_cast<Bf16*>(normed), r);
     for (std::size_t column = 0; column < F; column += kTileColumns) {
       const auto panel = [&](std::size_t at) {
         return Right{up + at / kBlock * C / 2 * kBlock + at % kBlock, kBlock};
@@ -98,10 +38,7 @@ TINYLM_VARIANT void feed_forward(const FeedForwardShape& shape, const float* x, 
         }
       }
     }
-    for (std::size_t column = 0; column < C; column += kBlock) {
-      multiply<false>({active, F / 2, 1}, {down + column * F / 2, kBlock}, F / 2,
-                      {sums + column, C}, padded, kBlock);
-    }
+    multiply_rows(active, F / 2, down, padded, sums, C);
     for (std::size_t at = 0; at < count * C; at += kWidth) {
       store(out + start * C + at, load(x + start * C + at) + load(sums + at));
     }
@@ -132,30 +69,12 @@ TINYLM_VARIANT inline void gated_backward(const GatedBackward& rows, Floats d_lo
   store_pairs(rows.active_pairs, pairs_of(active[0], active[1]));
 }
 
-// out [left_width][right_width] (+)= leftᵀ right, of the panels of both interleaved.
-TINYLM_VARIANT inline void sum_over_rows(const Word* left_panels, std::size_t left_width,
-                                         const Word* right_panels, std::size_t right_width,
-                                         std::size_t pairs, bool accumulate, Word* room,
-                                         float* out) {
-  for (std::size_t row = 0; row < left_width; row += kBlock) {
-    const Left left = left_of(left_panels + row * pairs, kBlock, pairs, kBlock, room);
-    for (std::size_t column = 0; column < right_width; column += kBlock) {
-      const Right right{right_panels + column * pairs, kBlock};
-      const Numbers to{out + row * right_width + column, right_width};
-      if (accumulate) {
-        multiply<true>(left, right, pairs, to, kBlock, kBlock);
-      } else {
-        multiply<false>(left, right, pairs, to, kBlock, kBlock);
-      }
-    }
-  }
-}
-
 TINYLM_VARIANT void feed_forward_backward(const FeedForwardShape& shape, const float* x,
                                           const Word* up, const Word* down, const Bf16* h,
                                           const float* dout, std::size_t begin, std::size_t end,
                                           float* dx, const FeedForwardSums& sums) {
   const std::size_t C = shape.width, F = shape.hidden, most_pairs = kRowsAtATime / 2;
+  const NormRows norm{C, shape.norm_weight, shape.eps};
   const MatrixUnit unit;
   Scratch scratch(most_pairs * (4 * C + 5 * F + 2 * C) + kRowsAtATime + F +
                   left_room(most_pairs * kBlock));
@@ -176,7 +95,7 @@ TINYLM_VARIANT void feed_forward_backward(const FeedForwardShape& shape, const f
     const std::size_t count = std::min(end - start, kRowsAtATime), padded = round_up(count),
                       pairs = padded / 2;
     const float *const x_rows = x + start * C, *const dout_rows = dout + start * C;
-    normed_rows(shape, x_rows, count, padded, reinterpret_cast<Bf16*>(normed), r);
+    normed_rows(norm, x_rows, count, padded, reinterpret_cast<Bf16*>(normed), r);
     interleave_rows(reinterpret_cast<Bf16*>(normed), padded, C, normed_pairs);
     round_rows(dout_rows, count, padded, C, reinterpret_cast<Bf16*>(dout_words));
     interleave_rows(reinterpret_cast<Bf16*>(dout_words), padded, C, dout_pairs);
@@ -203,10 +122,7 @@ TINYLM_VARIANT void feed_forward_backward(const FeedForwardShape& shape, const f
         }
       }
     }
-    for (std::size_t column = 0; column < C; column += kBlock) {
-      multiply<false>({dh, F, 1}, {up + column * F, kBlock}, F, {dnormed + column, C}, padded,
-                      kBlock);
-    }
+    multiply_rows(dh, F, up, padded, dnormed, C);
     const bool accumulate = start > begin;
     sum_over_rows(dh_pairs, 2 * F, normed_pairs, C, pairs, accumulate, room, sums.dup);
     sum_over_rows(dout_pairs, C, active_pairs, F, pairs, accumulate, room, sums.ddown);
@@ -222,5 +138,5 @@ TINYLM_VARIANT void feed_forward_backward(const FeedForwardShape& shape, const f
 }
 
 constexpr FeedForwardKernels feed_forward_kernels() {
-  return {&pack_transposed, &pack_interleaved, &feed_forward, &feed_forward_backward};
+  return {&feed_forward, &feed_forward_backward};
 }

@@ -28,11 +28,13 @@ _C = pytest.importorskip("tinylm._C")
 attention_ops = pytest.importorskip("tinylm.kernels.compiled.attention")
 loss_ops = pytest.importorskip("tinylm.kernels.compiled.linear_cross_entropy")
 layer_ops = pytest.importorskip("tinylm.kernels.compiled.feed_forward")
+projection_ops = pytest.importorskip("tinylm.kernels.compiled.projections")
 norm_ops = pytest.importorskip("tinylm.kernels.compiled.norm")
 rotary_ops = pytest.importorskip("tinylm.kernels.compiled.rotary")
 swiglu_ops = pytest.importorskip("tinylm.kernels.compiled.swiglu")
 
 
+NORM_LINEAR = torch.ones(3, 32), torch.ones(32), torch.ones(32, 32)
 only_once = pytest.mark.parametrize("variant", _C.instruction_sets()[-1:], indirect=True)
 
 
@@ -54,6 +56,13 @@ def _calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     plain = [tensor.detach() for tensor in block]
     out, h = layer_ops.feed_forward(*plain, 1e-6)
     yield layer_ops.feed_forward_backward, (*plain, h, out, 1e-6)
+    plain = randn(3, 64, dtype=torch.float32), torch.ones(64), randn(32, 64, dtype=torch.float32)
+    yield projection_ops.norm_linear, (*(t.clone().requires_grad_() for t in plain), 1e-6)
+    y = projection_ops.norm_linear(*plain, 1e-6)
+    yield projection_ops.norm_linear_backward, (*plain, y, 1e-6)
+    plain = randn(3, 64, dtype=torch.float32), y, randn(64, 32, dtype=torch.float32)
+    yield projection_ops.linear_residual, tuple(t.clone().requires_grad_() for t in plain)
+    yield projection_ops.linear_residual_backward, plain
     heads_NHD, weight = x.view(5, 2, 4), randn(2, 4, dtype=torch.float32).requires_grad_()
     cos, sin = kernels.rotary_tables(5, 4, 10.0)
     yield rotary_ops.norm_rotary, (heads_NHD, weight, cos, sin, 1e-6)
@@ -75,10 +84,10 @@ def test_operators_are_registered_as_torch_wants_them() -> None:
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
-def tiny_model(n_kv_heads: int | None = None) -> tuple[Transformer, Tensor]:
+def tiny_model(n_kv_heads: int | None = None, d_ff: int = 48) -> tuple[Transformer, Tensor]:
     config = replace(
         TrainConfig.from_preset("modern").model,
-        vocab_size=50, d_model=64, n_layers=2, n_heads=2, n_kv_heads=n_kv_heads, d_ff=48,
+        vocab_size=50, d_model=64, n_layers=2, n_heads=2, n_kv_heads=n_kv_heads, d_ff=d_ff,
         max_seq_len=40,
     )  # fmt: skip
     return Transformer(config), torch.randint(50, (3, 41), generator=torch.Generator())
@@ -129,6 +138,12 @@ def test_operators_refuse_what_does_not_belong_together() -> None:
         lambda: layer_ops.feed_forward_backward(
             *layer_inputs((3,), 32, 32), torch.ones(3, 64), torch.ones(3, 32), 0.0
         ),
+        lambda: projection_ops.norm_linear(x, torch.ones(7), torch.ones(32, 8), 0.0),
+        lambda: projection_ops.norm_linear(x, torch.ones(8), torch.ones(32, 8), 0.0),
+        lambda: projection_ops.norm_linear_backward(*NORM_LINEAR, torch.ones(3, 32), 0.0),
+        lambda: projection_ops.linear_residual(torch.ones(3, 32), q[0, 0, :2], torch.ones(32, 32)),
+        lambda: projection_ops.linear_residual(torch.ones(3, 32), q[0, 0], torch.ones(32, 64)),
+        lambda: projection_ops.linear_residual(x, x.bfloat16(), torch.ones(8, 8)),
         lambda: rotary_ops.norm_rotary(heads_NHD, torch.ones(1, 4), cos, sin, 1e-6),
         lambda: rotary_ops.norm_rotary(heads_NHD, torch.ones(2, 4), cos[:, :2], sin[:, :2], 1e-6),
         lambda: rotary_ops.norm_rotary(heads_NHD, torch.ones(2, 4), cos[:0], sin[:0], 1e-6),
@@ -144,9 +159,10 @@ def test_operators_refuse_what_does_not_belong_together() -> None:
 
 @only_once
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # by the compiler itself
-def test_a_model_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("d_ff", [48, 64])  # which only takes torch's feed-forward layer, or not
+def test_a_model_compiles_without_a_break(d_ff: int) -> None:
     torch.use_deterministic_algorithms(False)
-    model, ids = tiny_model()
+    model, ids = tiny_model(d_ff=d_ff)
 
     def step(ids: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -185,6 +201,13 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         block = layer_inputs((1100,), 32, 64)
         changed = layer_ops.feed_forward(*block, 1e-6)[0]
         gradients_ += (changed, *gradients(changed, *block))
+        inputs = block[0], block[1], randn(96, 32, dtype=torch.float32).requires_grad_()
+        projected = projection_ops.norm_linear(*inputs, 1e-6)
+        gradients_ += (projected, *gradients(projected, *inputs))
+        inputs = block[0], projected.detach().requires_grad_(), inputs[2].detach().t().clone()
+        inputs[2].requires_grad_()
+        summed = projection_ops.linear_residual(*inputs)
+        gradients_ += (summed, *gradients(summed, *inputs))
         results.append([out, normed, *gradients_, *head, *weights])
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)

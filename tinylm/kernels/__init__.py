@@ -16,6 +16,7 @@ from tinylm.kernels.first_check import prepare
 from tinylm.kernels.linear_cross_entropy import linear_cross_entropy
 from tinylm.kernels.muon import muon_step
 from tinylm.kernels.norm import layer_norm, rms_norm
+from tinylm.kernels.projections import linear_residual, norm_linear
 from tinylm.kernels.rotary import apply_rotary, norm_rotary, rotary_tables
 from tinylm.kernels.swiglu import swiglu
 
@@ -28,7 +29,9 @@ __all__ = [
     "fingerprint",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_residual",
     "muon_step",
+    "norm_linear",
     "norm_rotary",
     "prepare",
     "rms_norm",

@@ -175,9 +175,19 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
     shapes = (2, T, 3, D), (3, D)
     yield Case("norm_rotary", f"T {T}, D {D}", shapes, partial(_norm_rotary, T, D), parameters=1)
     yield Case("swiglu", f"N {few}, F {3 * C}", ((few, 6 * C),), _swiglu)
-    layer = (few, 64), (64,), (384, 64), (64, 192)
-    yield Case("feed_forward", f"N {few}, C 64, F 192", layer, _feed_forward, parameters=3)
+    yield from _layers(few)
     yield Case("muon", "3 of 128 x 128", ((384, 128),) * 2, _muon, gradients=False)
+
+
+def _layers(N: int) -> Iterator[Case]:
+    """Weights times rows, with what stands around them."""
+    x, norm, C, F = (N, 64), (64,), 64, 192
+    yield Case("norm_linear", f"N {N}, C {C}", (x, norm, (96, C)), _norm_linear, parameters=2)
+    yield Case("linear_residual", f"N {N}, C {C}", (x, (C, 96), (N, 96)), _linear_residual)
+    weights = (2 * F, C), (C, F)
+    yield Case(
+        "feed_forward", f"N {N}, C {C}, F {F}", (x, norm, *weights), _feed_forward, parameters=3
+    )
 
 
 def training_cases() -> list[Case]:
@@ -282,10 +292,29 @@ def _swiglu(backend: str, x: Tensor) -> Tensor:
     return kernels.swiglu(x, backend=backend)
 
 
+def _norm_linear(backend: str, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    """Products in the dtype of x, which is in fp32, as in the model."""
+    with _products(x):
+        return kernels.norm_linear(dispatch.wide(x), norm, weight / 8, backend=backend)
+
+
+def _linear_residual(backend: str, x: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+    """The same; weights are exact in its dtype."""
+    with _products(x):
+        wide = dispatch.wide(x), a, dispatch.wide(weight) / 8
+        return kernels.linear_residual(*wide, backend=backend)
+
+
+def _products(x: Tensor) -> torch.autocast:
+    return torch.autocast(
+        x.device.type, x.dtype, enabled=x.dtype in (torch.float16, torch.bfloat16)
+    )
+
+
 def _feed_forward(backend: str, x: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Products in the dtype of x, the sum in fp32, as in the model."""
     inputs = dispatch.wide(x), norm, up / 8, down / 16  # exact, and sums are of a usual size
-    with torch.autocast(x.device.type, x.dtype, enabled=x.dtype in (torch.float16, torch.bfloat16)):
+    with _products(x):
         return kernels.feed_forward(*inputs, backend=backend)
 
 

@@ -55,6 +55,8 @@ _TORCH: dict[tuple[str, str], tuple[str, str]] = {
     ("layer_norm", "*"): ("torch", "torch's own layer norm"),
     ("rms_norm", "*"): ("torch", "few passes of plain torch, statistics in fp32"),
     ("linear_cross_entropy", "*"): ("chunked", "never holds all logits; least memory traffic"),
+    ("linear_residual", "*"): ("separate", "product, then sum"),
+    ("norm_linear", "*"): ("separate", "rms_norm, then product"),
     ("norm_rotary", "*"): ("separate", "rms_norm, then rotary"),
     ("feed_forward", "*"): ("separate", "norm, products and swiglu, one after the other"),
     ("muon", "*"): ("torch", "matrices of equal shape together"),
@@ -66,7 +68,9 @@ _COMPILED = {
     "causal_attention": "training in bf16, scores in cache",
     "feed_forward": "in bf16, one pass from the norm to the sum",
     "linear_cross_entropy": "without softcap",
+    "linear_residual": "in bf16, the sum made with the product",
     "muon": "in bf16, each matrix in cache from gradient to update",
+    "norm_linear": "in bf16, what is normalised stays in cache",
     "norm_rotary": "one pass in bf16 and fp32",
     "rms_norm": "one pass in bf16 and fp32",
     "swiglu": "one pass in bf16 and fp32",
@@ -82,7 +86,9 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("triton", "c++", "torch", "reference"),
     "linear_cross_entropy": ("triton", "c++", "chunked", "reference"),
     "feed_forward": ("c++", "separate"),
+    "linear_residual": ("c++", "separate"),
     "muon": ("c++", "torch"),
+    "norm_linear": ("c++", "separate"),
     "norm_rotary": ("c++", "separate"),
     "rotary": ("torch",),
     "swiglu": ("c++", "torch"),
@@ -143,13 +149,13 @@ def _in_cpp(operator: str, device_type: str, kind: str, asked: str) -> Selection
 def _in_products(operator: str) -> tuple[str | None, str]:
     """Why no C++ kernel of the operator runs on this processor, and what those that do take.
 
-    Three rest on products of whole matrices of bf16, which torch may do faster: Muon and the
-    feed-forward layer are left to it, and the cross-entropy only has it multiply.
+    Some rest on products of whole matrices of bf16, which torch may do faster: these are left to
+    it, and the cross-entropy only has it multiply.
     """
     from tinylm.kernels.compiled.common import products_refusal
 
     refusal, what = products_refusal(), _COMPILED[operator]
-    if operator in ("feed_forward", "muon"):
+    if operator in ("feed_forward", "linear_residual", "muon", "norm_linear"):
         return refusal, what
     if operator == "linear_cross_entropy":
         what += f", logits in parts as {refusal}" if refusal else ", in bf16 no logits in memory"

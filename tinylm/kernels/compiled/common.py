@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tinylm import _C
 from tinylm.errors import InputError
-from tinylm.kernels.dispatch import dtype_name
+from tinylm.kernels.dispatch import decided_while_tracing, dtype_name
 
 # Both sizes of a matrix that is multiplied whole come in blocks of so many.
 MATRIX_STEP = 32
@@ -23,6 +23,7 @@ def numbers_refusal(x: Tensor) -> str | None:
     return None if x.numel() else "of nothing"
 
 
+@decided_while_tracing
 def products_refusal() -> str | None:
     """Why torch multiplies matrices of bf16 faster here; None if it does not."""
     faster: str | None = _C.faster_than_own_products()
