@@ -2,8 +2,8 @@
 # make test: install with all that the tests need, run them
 # make kill: kill training runs KILLS times at random moments; none may lose a bit
 # make gpu-check: all that needs a GPU: tests, the T4's code, sanitizer, benchmarks, plots
-# make fuzz: feed the tokenizers, the readers of their files, a model's head and its feed-forward
-#            layer with made-up input for FUZZ_SECONDS each; needs clang
+# make fuzz: feed the tokenizers, the readers of their files, and the head, projections and feed-forward
+#            layer of a model with made-up input for FUZZ_SECONDS each; needs clang
 # make sanitize: run the tests of the tokenizers under the address and undefined-behaviour sanitizers
 PYTHON ?= python3
 MINUTES ?= 3

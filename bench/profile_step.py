@@ -27,7 +27,7 @@ NAMES = {
     RMSNorm: "norms",
     torch.nn.Embedding: "embedding",
 }
-PROJECTIONS = "attention: projections"
+PROJECTIONS, WHOLE = "attention: projections", "attention, with its norm and projections"
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 
@@ -72,7 +72,9 @@ class Stages:
 
 def watch_model(model, stages):
     for name, module in model.named_modules():
-        if name.endswith(("attention.qkv", "attention.out")):
+        if isinstance(module, Attention) and not module.config.bias:
+            stages.watch(module, WHOLE)  # which are operators, not modules
+        elif name.endswith(("attention.qkv", "attention.out")):
             stages.watch(module, PROJECTIONS)
         elif type(module) in NAMES:
             stages.watch(module, NAMES[type(module)])
