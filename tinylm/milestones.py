@@ -100,19 +100,8 @@ class Validation:
         on_device: bool,
         say: Callable[[str], None],
     ) -> None:
-        self._model, self._ids, self._device = model, dataset.valid.ids, device
-        self._looks_ahead = not config.model.causal
-        self._options: dict[str, Any] = {
-            "eos_id": dataset.tokenizer.eos_id,
-            "unk_id": dataset.tokenizer.unk_id,
-            "seq_len": config.seq_len,
-            "limit": config.eval_tokens,
-        }
-        self._on_device = on_device
-        self._graphed: dict[str, Any] = {
-            "graphed": device.type == "cuda" and config.cuda_graph,
-            "say": say,
-        }
+        self._model, self._dataset, self._config = model, dataset, config
+        self._device, self._on_device, self._say = device, on_device, say
         self._kept: dict[bool, DeviceEvaluation] = {}  # by whether the future is hidden
 
     def __call__(self, precise: bool = False) -> dict[str, float]:
@@ -120,21 +109,26 @@ class Validation:
         fp32 if ``precise``."""
         totals = self._totals(precise, prefix_only=True)
         record = {"valid_loss": totals.loss, "valid_top1": totals.top1 / totals.tokens}
-        if self._looks_ahead:
+        if not self._config.model.causal:
             record["valid_leaked_loss"] = self._totals(precise, prefix_only=False).loss
         return record
 
     def _totals(self, precise: bool, prefix_only: bool) -> Totals:
-        options = self._options | {
+        config, ids, tokenizer = self._config, self._dataset.valid.ids, self._dataset.tokenizer
+        options: dict[str, Any] = {
+            "eos_id": tokenizer.eos_id,
+            "unk_id": tokenizer.unk_id,
+            "seq_len": config.seq_len,
+            "limit": config.eval_tokens,
             "device": None if precise else self._device,
             "prefix_only": prefix_only,
         }
         if precise or not self._on_device:  # precise ones are not made again and again
-            return evaluate(self._model, self._ids, **options)
+            return evaluate(self._model, ids, **options)
         if prefix_only not in self._kept:
-            self._kept[prefix_only] = DeviceEvaluation(
-                self._model, self._ids, **options, **self._graphed
-            )
+            graphed = self._device.type == "cuda" and config.cuda_graph
+            options |= {"graphed": graphed, "say": self._say}
+            self._kept[prefix_only] = DeviceEvaluation(self._model, ids, **options)
         return self._kept[prefix_only]()
 
 
