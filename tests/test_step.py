@@ -167,7 +167,7 @@ def test_out_of_memory_says_what_takes_it(
     assert "32 windows (of --batch-size 64) of 256 tokens (--seq-len) at once" in text
     parameters = step.model.parameter_count()
     assert f"about {size(16 * parameters)} for weights, gradients and optimizer" in text
-    window = window_bytes(step.config.model, 256, 4, scores=True)
+    window = window_bytes(step.config.model, 256, step.device)
     assert f"{size(window)} for each window, {size(32 * window)} in all" in text
     assert "lower --micro-batch-size" in text
 
@@ -232,7 +232,6 @@ def test_the_estimate_of_a_windows_memory(preset: str, precision: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t), step.device.autocast():
         h = step.model.hidden(x)
     measured = sum(kept.values()) / 16
-    value_bytes = 4 if precision == "fp32" else 2
-    estimated = window_bytes(step.config.model, 32, value_bytes, scores=True)
+    estimated = window_bytes(step.config.model, 32, step.device)
     assert h.requires_grad
     assert 0.7 < estimated / measured < 1.4

@@ -3,6 +3,7 @@
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.device import Device
 from tinylm.kernels.attention import BLOCK_QUERIES
+from tinylm.kernels.dispatch import select
 
 GB = 1e9
 
@@ -16,34 +17,42 @@ def fixed_bytes(config: TrainConfig, parameters: int) -> int:
     return 4 * 4 * parameters
 
 
-def window_bytes(model: ModelConfig, seq_len: int, value_bytes: int, scores: bool) -> int:
-    """What the forward pass of one window keeps for the backward pass, roughly.
-
-    Args:
-        value_bytes: 4 in fp32, 2 in bf16 and fp16.
-        scores: whether attention keeps its T × T weights, as plain matrix products do.
-    """
+def window_bytes(model: ModelConfig, seq_len: int, device: Device) -> int:
+    """What the forward pass of one window keeps for the backward pass, roughly."""
     C, F = model.d_model, model.d_ff
-    # In fp32, the residual stream twice; in the working precision two normalised inputs, the
-    # attention's output, queries, keys and values, those again for each thing done to them, and
-    # the hidden layer.
+    value_bytes = 4 if device.precision == "fp32" else 2
+    # In fp32, the residual stream twice.
+    stream, outside = 2 * 4 * C, seq_len * 3 * 4 * C
+    if _normalised_again(model, device):
+        # Queries, keys and values, the first two again after their norm and rotation, the
+        # attention's output, and the hidden layer's gates and values.
+        per_layer = seq_len * (stream + value_bytes * ((3 + 2 + 1) * C + 2 * F))
+        return model.n_layers * per_layer + outside
+    # In the working precision two normalised inputs, the attention's output, queries, keys and
+    # values, those again for each thing done to them, and the hidden layer.
     heads = 3 + 2 * model.qk_norm + 2 * (model.positions == "rope")
     hidden = 4 if model.activation == "swiglu" else 1
-    per_layer = seq_len * (2 * 4 * C + value_bytes * ((3 + heads) * C + hidden * F))
-    if scores:
+    per_layer = seq_len * (stream + value_bytes * ((3 + heads) * C + hidden * F))
+    if device.type == "cpu":  # attention by plain matrix products keeps its weights
         if model.causal:  # in blocks of queries, none with the keys after it
             keys = (seq_len + min(seq_len, BLOCK_QUERIES)) // 2
             per_layer += value_bytes * model.n_heads * seq_len * keys
         else:
             per_layer += (4 + value_bytes % 4) * model.n_heads * seq_len * seq_len
-    return model.n_layers * per_layer + seq_len * 3 * 4 * C
+    return model.n_layers * per_layer + outside
+
+
+def _normalised_again(model: ModelConfig, device: Device) -> bool:
+    """Whether the C++ operators of ``modern`` run, backwards from what they were given."""
+    own = model.norm == "rms" and model.activation == "swiglu" and not model.bias
+    own = own and model.causal and device.type == "cpu" and device.precision == "bf16"
+    return own and select("norm_linear", device.name).implementation == "c++"
 
 
 def advice(config: TrainConfig, micro_batch_size: int, parameters: int, device: Device) -> str:
     """What to say when memory has run out."""
     fixed, micro = fixed_bytes(config, parameters), micro_batch_size
-    value_bytes = 4 if device.precision == "fp32" else 2
-    window = window_bytes(config.model, config.seq_len, value_bytes, device.type == "cpu")
+    window = window_bytes(config.model, config.seq_len, device)
     return (
         f"out of memory with {micro} windows (of --batch-size {config.batch_size}) of "
         f"{config.seq_len} tokens (--seq-len) at once: about {size(fixed)} for weights, "
