@@ -35,7 +35,7 @@ def captured(
 
 
 def _warm_up(compute: Callable[[], None]) -> None:
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch gives it no types
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):

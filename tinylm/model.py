@@ -106,14 +106,15 @@ class Attention(nn.Module):
         out_BTC = out_BHTD.transpose(1, 2).reshape(B, T, C)
         if norm is not None and not self.config.bias:
             return kernels.linear_residual(x_BTC, out_BTC, self.out.weight)
-        out_BTC = self.out(out_BTC)
-        return out_BTC if norm is None else x_BTC + out_BTC  # type: ignore[no-any-return]
+        projected_BTC: Tensor = self.out(out_BTC)
+        return projected_BTC if norm is None else x_BTC + projected_BTC
 
     def _projected(self, x_BTC: Tensor, norm: nn.Module | None) -> Tensor:
         """Queries, keys and values."""
         if isinstance(norm, RMSNorm) and not self.config.bias:
             return kernels.norm_linear(x_BTC, norm.weight, self.qkv.weight, norm.eps)
-        return self.qkv(x_BTC if norm is None else norm(x_BTC))  # type: ignore[no-any-return]
+        qkv: Tensor = self.qkv(x_BTC if norm is None else norm(x_BTC))
+        return qkv
 
     def _placed(self, qk_BTHD: Tensor, rotary_TD: tuple[Tensor, Tensor] | None) -> Tensor:
         """Queries and keys after their norm and rotation, one call for both."""
