@@ -8,6 +8,10 @@ static_assert(kHeadStep == kBlock);
 // Tokens whose exponentials go into the gradient of the rows while they are in the first cache.
 constexpr std::size_t kTokens = 128;
 
+// Pairs of rows whose sums the gradient of the weights takes at a time, for as many tokens as a
+// panel has columns: both factors are in the first cache then.
+constexpr std::size_t kRowPairs = 128;
+
 TINYLM_VARIANT void pack_weight(const HeadShape& shape, const float* weight, std::size_t begin,
                                 std::size_t end, Word* words, Word* pairs) {
   const std::size_t width = shape.width, block = kBlock / 2 * width;  // words of kBlock tokens
@@ -149,17 +153,29 @@ TINYLM_VARIANT void weight_gradient(const HeadShape& shape, const Bf16* exponent
   const std::size_t whole = end - (end - begin) % kTileRows;  // below it, tokens in whole tiles
   const Left left{reinterpret_cast<const Word*>(exponentials), steps, 1};
   const MatrixUnit unit;
-  for (std::size_t column = 0; column < width; column += kTileColumns) {
-    const Right right{scaled_panels + column / kBlock * steps * kBlock + column % kBlock, kBlock};
-    const Numbers out{dweight + begin * width + column, width};
-    if (accumulate) {
-      multiply<true>(left.from_row(begin), right, steps, out, whole - begin, kTileColumns);
-    } else {
-      multiply<false>(left.from_row(begin), right, steps, out, whole - begin, kTileColumns);
+  const auto panel_at = [&](std::size_t column, std::size_t step) {
+    return Right{scaled_panels + (column / kBlock * steps + step) * kBlock + column % kBlock,
+                 kBlock};
+  };
+  for (std::size_t token = begin; token < whole; token += kBlock) {
+    const std::size_t tokens = std::min(kBlock, whole - token);
+    for (std::size_t column = 0; column < width; column += kTileColumns) {
+      const Numbers out{dweight + token * width + column, width};
+      for (std::size_t step = 0; step < steps; step += kRowPairs) {
+        const Left own = left.from_row(token).from_step(step);
+        const std::size_t count = std::min(kRowPairs, steps - step);
+        if (accumulate || step > 0) {
+          multiply<true>(own, panel_at(column, step), count, out, tokens, kTileColumns);
+        } else {
+          multiply<false>(own, panel_at(column, step), count, out, tokens, kTileColumns);
+        }
+      }
     }
-    if (whole == end) continue;
+  }
+  if (whole == end) return;
+  for (std::size_t column = 0; column < width; column += kTileColumns) {
     float last[kTileRows * kTileColumns];
-    multiply_tile<false>(left.from_row(whole), right, steps, {last, kTileColumns});
+    multiply_tile<false>(left.from_row(whole), panel_at(column, 0), steps, {last, kTileColumns});
     for (std::size_t row = 0; row < end - whole; ++row) {
       for (std::size_t i = 0; i < kTileColumns; ++i) {
         float& number = dweight[(whole + row) * width + column + i];

@@ -27,6 +27,9 @@ struct Left {
   Left from_row(std::size_t row) const {
     return {data + row * row_stride, row_stride, step_stride};
   }
+  Left from_step(std::size_t step) const {
+    return {data + step * step_stride, row_stride, step_stride};
+  }
 };
 
 // The right factor: a vector of words (step, column) begins at data[step * stride + column].
