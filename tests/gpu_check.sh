@@ -2,8 +2,9 @@
 # Everything that needs a GPU, in one go: PYTHON=.venv/bin/python tests/gpu_check.sh [FOLDER]
 # Right: doctor, the tests of training, those of the kernels natively and with the T4's code, and
 # under compute-sanitizer if it is there. Fast: the benchmarks of training and of the kernels, eager
-# and as CUDA graphs, with plots. All that is printed, and the results, go to FOLDER (build/gpu). A
-# step that fails does not stop the others; the exit code says.
+# and as CUDA graphs, with plots. Good: with text in DATA (and VALID), what is learnt of it in 10 and
+# in 60 seconds. All that is printed, and the results, go to FOLDER (build/gpu). A step that fails
+# does not stop the others; the exit code says.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -46,4 +47,15 @@ for graph in 0 1; do
     "$out/kernels-graph-$graph.json" "$out/kernels-graph-$graph.png"
 done
 step bench-train "$PYTHON" bench/bench_train.py --out "$out/train.json"
+
+if [ -n "${DATA:-}" ]; then
+  for tokenizer in bpe word; do
+    for seconds in 10 60; do
+      name=train-$tokenizer-$seconds
+      minutes=$(awk "BEGIN {print $seconds / 60}")
+      step "$name" "$PYTHON" -m tinylm train --data "$DATA" ${VALID:+--valid "$VALID"} \
+        --tokenizer "$tokenizer" --minutes "$minutes" --out "$out/$name" --fresh
+    done
+  done
+fi
 exit $failed
