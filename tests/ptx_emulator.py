@@ -35,7 +35,7 @@ COMPARE: dict[str, Callable[..., Array]] = {
 FLOAT: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.fmax,
     "min": np.fmin, "neg": np.negative, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
-    "rcp": np.reciprocal,
+    "rcp": np.reciprocal, "abs": np.abs,
 }  # fmt: skip
 INTEGER: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.maximum, "min": np.minimum,
@@ -394,6 +394,7 @@ class Program:
 
     def _arithmetic(self, opcode: tuple[str, ...], operands: Any, active: Array | None) -> None:
         root, kind = opcode[0], opcode[-1]
+        assert "hi" not in opcode  # the upper half of a product: no kernel needs it
         if root == "mul" and opcode[1] == "wide":
             wide = DTYPES[kind[0] + str(2 * int(kind[1:]))]
             a, b = (self.get(o, kind).astype(wide) for o in operands[1:])

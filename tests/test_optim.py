@@ -43,7 +43,7 @@ def test_muon_sees_stacked_matrices_apart() -> None:
 
 
 def test_equal_shapes_are_orthogonalised_as_if_alone() -> None:
-    shapes = [(12, 4), (6, 4), (12, 4), (4, 4)]
+    shapes = [(12, 4), (6, 4), (12, 4), (4, 4), (8, 3)]  # of the last, two maps turned
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
     for p in parameters:

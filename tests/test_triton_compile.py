@@ -36,12 +36,14 @@ KERNELS = {
     "tinylm_attention_backward_dq": 4, "tinylm_attention_backward_dkdv": 4,
     "tinylm_attention_decode": 1, "tinylm_attention_combine": 1,
     "tinylm_norm_forward": 2, "tinylm_norm_backward": 2,
+    "tinylm_norm_rotary_forward": 2, "tinylm_norm_rotary_backward": 2,
+    "tinylm_swiglu_forward": 1, "tinylm_swiglu_backward": 1,
     "tinylm_linear_cross_entropy_forward": 3, "tinylm_linear_cross_entropy_dweight": 3,
 }  # fmt: skip
 # In fp32 a head of 64 positions is not one program's, nor are there heads of 128; no products of
 # matrix instructions either.
 IN_FP32 = {"tinylm_attention_forward": 5, "tinylm_attention_backward": 1}
-WITHOUT_PRODUCTS = "tinylm_norm", "tinylm_attention_combine"
+WITHOUT_PRODUCTS = "tinylm_norm", "tinylm_swiglu", "tinylm_attention_combine"
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 

@@ -16,7 +16,8 @@ import torch
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 HERE = Path(__file__).parent
 SUITE = [
-    HERE / f"triton_{subject}.py" for subject in ("attention", "norm", "cross_entropy", "operators")
+    HERE / f"triton_{subject}.py"
+    for subject in ("attention", "norm", "rotary", "swiglu", "cross_entropy", "operators")
 ]
 
 

@@ -25,7 +25,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tinylm.kernels import turing
-from tinylm.kernels.triton import attention, attention_decode, linear_cross_entropy, norm
+from tinylm.kernels.triton import (
+    attention,
+    attention_decode,
+    linear_cross_entropy,
+    norm,
+    rotary,
+    swiglu,
+)
 
 ARCH = int(sys.argv[1])
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -55,7 +62,7 @@ def compile_instead_of_launching(then: Callable[[Any, Any, Any, Any], None]) -> 
         turing.install()
     for module in (attention, attention_decode, linear_cross_entropy):
         module.capability = lambda x: divmod(ARCH, 10)
-    for module in (attention_decode, norm):
+    for module in (attention_decode, norm, rotary):
         module.processors = lambda x: 40
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., Any]:
@@ -98,6 +105,8 @@ def calls(dtype: torch.dtype, every: bool) -> Calls:
     yield from attention_calls(dtype, every)
     yield from decoding_calls(dtype, every)
     yield from norm_calls(dtype, every)
+    yield from rotary_calls(dtype, every)
+    yield from swiglu_calls(dtype, every)
     yield from cross_entropy_calls(dtype, every)
 
 
@@ -146,6 +155,23 @@ def norm_calls(dtype: torch.dtype, every: bool) -> Calls:
             )
             yield name, partial(norm.norm_forward, x, residual, weight, bias, 1e-5, rms)
             yield name, partial(norm.norm_backward, x, residual, x, weight, mean, rows, rms)
+
+
+def rotary_calls(dtype: torch.dtype, every: bool) -> Calls:
+    for D in (16, 32, 64, 80, 128, 256) if every else (32, 64):
+        x, rstd = torch.empty(2, 256, 6, D, dtype=dtype)[:, :, :4], torch.empty(2, 256, 4)
+        weight, tables = torch.empty(4, D), (torch.empty(256, D), torch.empty(256, D))
+        dout = torch.empty(2, 4, 256, D, dtype=dtype).transpose(1, 2)
+        yield f"norm_rotary D={D}", partial(rotary.rotary_forward, x, weight, *tables, 1e-6)
+        call = partial(rotary.rotary_backward, dout, x, weight, *tables, rstd)
+        yield f"norm_rotary D={D}", call
+
+
+def swiglu_calls(dtype: torch.dtype, every: bool) -> Calls:
+    for F in (48, 384, 1023) if every else (384,):
+        x, dout = torch.empty(512, 2 * F, dtype=dtype), torch.empty(512, F, dtype=dtype)
+        yield f"swiglu F={F}", partial(swiglu.gated_forward, x)
+        yield f"swiglu F={F}", partial(swiglu.gated_backward, dout, x)
 
 
 def cross_entropy_calls(dtype: torch.dtype, every: bool) -> Calls:

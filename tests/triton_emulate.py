@@ -88,6 +88,22 @@ def layer_norm(N: int, C: int) -> Any:
     return call, (randn(N, C), randn(C, seed=1), randn(C, seed=2)), ("triton", "reference")
 
 
+def norm_rotary(T: int, H: int, D: int) -> Any:
+    tables = kernels.rotary_tables(T, D, 100.0)
+
+    def call(backend: str, x: Tensor, weight: Tensor) -> Tensor:
+        return kernels.norm_rotary(x, weight, *tables, backend=backend)
+
+    return call, (randn(2, T, H, D), randn(H, D, seed=1)), ("triton", "separate")
+
+
+def swiglu(N: int, F: int) -> Any:
+    def call(backend: str, x: Tensor) -> Tensor:
+        return kernels.swiglu(x, backend=backend)
+
+    return call, (randn(N, 2 * F),), ("triton", "torch")
+
+
 def cases() -> Iterator[tuple[str, Any, bool]]:
     """Name, operator with its inputs, and whether the gradients are taken too."""
     yield "whole head", attention(31, 31, (1, 1), 32), True
@@ -102,6 +118,10 @@ def cases() -> Iterator[tuple[str, Any, bool]]:
     yield "cross-entropy", cross_entropy(70, 45, 64, None), True
     yield "cross-entropy, softcap", cross_entropy(40, 45, 24, 3.0), True
     yield "layer norm", layer_norm(9, 48), True
+    yield "norm and rotary", norm_rotary(9, 3, 32), True
+    yield "norm and rotary, odd width", norm_rotary(7, 1, 20), True
+    yield "swiglu", swiglu(9, 48), True
+    yield "swiglu, odd width", swiglu(31, 33), True
 
 
 def outputs(call: Callable[..., Tensor], backend: str, inputs: Any, gradients: bool) -> Any:

@@ -42,7 +42,11 @@ def test_empty_inputs_give_what_the_references_give(caplog: pytest.LogCaptureFix
         assert out.shape == shape
         assert torch.autograd.grad(out.sum(), x)[0].shape == shape
     assert kernels.layer_norm(randn(3, 0, 16), randn(16), backend="triton").shape == (3, 0, 16)
-    assert len(caplog.records) == 3
+    tables = [t.to(DEVICE) for t in kernels.rotary_tables(0, 16, 100.0)]
+    heads = kernels.norm_rotary(randn(2, 0, 3, 16), randn(3, 16), *tables, backend="triton")
+    assert heads.shape == (2, 0, 3, 16)
+    assert kernels.swiglu(randn(0, 6), backend="triton").shape == (0, 3)
+    assert len(caplog.records) == 5
     assert all("empty input" in record.getMessage() for record in caplog.records)
     caplog.clear()
 
@@ -115,10 +119,13 @@ def test_gradients_of_some_inputs_only() -> None:
 def test_gradients_of_gradients_are_refused() -> None:
     """Not wrong in silence."""
     x, weight, targets = randn(1, 1, 9, 16), randn(16, seed=1), torch.arange(9, device=DEVICE)
+    tables = [t.to(DEVICE) for t in kernels.rotary_tables(1, 16, 100.0)]
     calls = [
         lambda x: kernels.causal_attention(x, x, x, backend="triton"),
         lambda x: kernels.rms_norm(x, weight, backend="triton"),
         lambda x: kernels.layer_norm(x, weight, backend="triton"),
+        lambda x: kernels.norm_rotary(x, weight[None].expand(9, -1), *tables, backend="triton"),
+        lambda x: kernels.swiglu(x, backend="triton"),
         lambda x: kernels.linear_cross_entropy(x[0, 0], x[0, 0], targets, backend="triton"),
         lambda x: kernels.linear_cross_entropy(
             x[0, 0], weight.expand(9, 16), targets, backend="triton"
@@ -132,7 +139,7 @@ def test_gradients_of_gradients_are_refused() -> None:
 
 
 def _operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    from tinylm.kernels.triton import attention, linear_cross_entropy, norm
+    from tinylm.kernels.triton import attention, linear_cross_entropy, norm, rotary, swiglu
 
     q, k, v = (randn(1, 2, 5, 16, seed=i).requires_grad_() for i in range(3))
     dout = randn(1, 5, 2, 16)
@@ -150,6 +157,14 @@ def _operator_calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
     _, _, mean, rstd = (t.detach() for t in norm.norm_forward(x, None, w, b, 1e-5, False))
     plain = tuple(t.detach() for t in (x, w))
     yield norm.norm_backward, (randn(5, 16), None, *plain, mean, rstd, False)
+    heads, weights = randn(2, 5, 3, 16).requires_grad_(), randn(3, 16, seed=1).requires_grad_()
+    tables = tuple(t.to(DEVICE) for t in kernels.rotary_tables(5, 16, 100.0))
+    yield rotary.rotary_forward, (heads, weights, *tables, 1e-6)
+    plain = heads.detach(), weights.detach(), *tables
+    rstd = rotary.rotary_forward(*plain, 1e-6)[1]
+    yield rotary.rotary_backward, (randn(2, 5, 3, 16), *plain, rstd)
+    yield swiglu.gated_forward, (x,)
+    yield swiglu.gated_backward, (randn(5, 8), x.detach())
     head, bias_v = randn(7, 16).requires_grad_(), randn(7).requires_grad_()
     targets = torch.tensor([0, 3, -100, 6, 1], device=DEVICE)
     call = (x, head, bias_v, targets, -100, 5.0, 1e-3, DTYPE, True)

@@ -30,6 +30,8 @@ from tinylm.kernels.attention import call_kind as attention_kind
 from tinylm.kernels.linear_cross_entropy import call_kind as cross_entropy_kind
 from tinylm.kernels.muon import Matrix, MuonOptions
 from tinylm.kernels.norm import call_kind as norm_kind
+from tinylm.kernels.rotary import call_kind as norm_rotary_kind
+from tinylm.kernels.swiglu import call_kind as swiglu_kind
 from tinylm.kernels.table import Result
 
 # Largest error of outputs and gradients, relative to the largest value, by dtype of the inputs.
@@ -149,6 +151,10 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
     yield _norm("rms_norm", many, C)
     yield _norm("layer_norm", many, C)
     yield _norm("rms_norm", many // 2, 4, 32)
+    small = (40, 3, 16) if interpreting else (100, 3, 32)
+    for T, H, D in [(256, 4, 64), (32, 8, 32)] if gpu else [small]:
+        yield _norm_rotary(_batch(T, gpu), T, H, D)
+    yield _swiglu(many if gpu else few, 3 * C)
     yield _attention(2, 1, 1000 if gpu else 160, 32, heads)
     yield _attention(2, 1, 1000 if gpu else 160, 64, heads)
     T = 249 if gpu else 40 if interpreting else 100
@@ -170,11 +176,9 @@ def cases(device_type: str, interpreting: bool) -> Iterator[Case]:
         yield _norm("layer_norm", many, 512)
         yield _attention(_batch(T, gpu), T, T, 128, heads)
         yield _attention(8, 1024, 1024, 128, heads)
+        yield _norm_rotary(_batch(T, gpu), T, 4, 128)
     T, D = (40, 16) if interpreting else (100, 32)
     yield Case("rotary", f"T {T}, D {D}", ((2, 2, T, D),), partial(_rotary, T, D))
-    shapes = (2, T, 3, D), (3, D)
-    yield Case("norm_rotary", f"T {T}, D {D}", shapes, partial(_norm_rotary, T, D), parameters=1)
-    yield Case("swiglu", f"N {few}, F {3 * C}", ((few, 6 * C),), _swiglu)
     yield from _layers(few)
     yield Case("muon", "3 of 128 x 128", ((384, 128),) * 2, _muon, gradients=False)
 
@@ -283,13 +287,23 @@ def _rotary(T: int, D: int, backend: str, x: Tensor) -> Tensor:
     return kernels.apply_rotary(x, cos, sin)
 
 
-def _norm_rotary(T: int, D: int, backend: str, x: Tensor, weight: Tensor) -> Tensor:
-    cos, sin = (t.to(x.device) for t in kernels.rotary_tables(T, D, 10_000.0))
-    return kernels.norm_rotary(x, weight, cos, sin, backend=backend)
+def _norm_rotary(B: int, T: int, H: int, D: int) -> Case:
+    def run(backend: str, x: Tensor, weight: Tensor) -> Tensor:
+        cos, sin = (t.to(x.device) for t in kernels.rotary_tables(T, D, 10_000.0))
+        return kernels.norm_rotary(x, weight, cos, sin, backend=backend)
+
+    def kind(x: Tensor, weight: Tensor) -> str:
+        return norm_rotary_kind(x)
+
+    shapes = (B, T, H, D), (H, D)
+    return Case("norm_rotary", f"T {T}, D {D}", shapes, run, kind, parameters=1, fp32=True)
 
 
-def _swiglu(backend: str, x: Tensor) -> Tensor:
-    return kernels.swiglu(x, backend=backend)
+def _swiglu(N: int, F: int) -> Case:
+    def run(backend: str, x: Tensor) -> Tensor:
+        return kernels.swiglu(x, backend=backend)
+
+    return Case("swiglu", f"N {N}, F {F}", ((N, 2 * F),), run, swiglu_kind, fp32=True)
 
 
 def _norm_linear(backend: str, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:

@@ -89,9 +89,9 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "linear_residual": ("c++", "separate"),
     "muon": ("c++", "torch"),
     "norm_linear": ("c++", "separate"),
-    "norm_rotary": ("c++", "separate"),
+    "norm_rotary": ("triton", "c++", "separate"),
     "rotary": ("torch",),
-    "swiglu": ("c++", "torch"),
+    "swiglu": ("triton", "c++", "torch"),
 }
 
 

@@ -70,38 +70,53 @@ def muon_step(
             compiled.muon(matrices, options, NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS)
             return
         torch_instead_of_compiled("muon", device.type, refusal, backend)
-    alike: dict[tuple[torch.Size, int], list[Matrix]] = {}
-    for matrix in matrices:
-        alike.setdefault((matrix.weight.shape, matrix.stacked), []).append(matrix)
-    for equal in alike.values():
-        _step_together(equal, options)
+    _step_in_torch(matrices, options)
 
 
-def _step_together(matrices: list[Matrix], options: MuonOptions) -> None:
-    """A step of matrices of equal shape, which are orthogonalised together."""
-    weights, stacked = [matrix.weight for matrix in matrices], matrices[0].stacked
-    shape, lr = weights[0].shape, options.lr
-    if options.found_inf is not None:
-        lr = lr * (1 - options.found_inf)
-    ahead = _ahead(matrices, options)
-    g_KMN = torch.stack(ahead).view(len(ahead) * stacked, -1, shape[1])
-    updates = orthogonalise(g_KMN, options.dtype).reshape(-1, *shape)
+def _step_in_torch(matrices: Sequence[Matrix], options: MuonOptions) -> None:
+    """In as few operations as there can be: on a GPU, small ones cost what large ones do."""
+    lr = options.lr if options.found_inf is None else options.lr * (1 - options.found_inf)
+    weights = [matrix.weight for matrix in matrices]
     if options.weight_decay:
         torch._foreach_mul_(weights, 1 - lr * options.weight_decay)
-    size = lr * math.sqrt(max(1.0, g_KMN.shape[1] / shape[1]))
-    if isinstance(size, Tensor):
-        torch._foreach_sub_(weights, (updates * size).unbind())
-    else:
-        torch._foreach_add_(weights, updates.unbind(), alpha=-size)
+    maps_KMN = [
+        ahead.view(matrix.stacked, -1, ahead.shape[1])
+        for matrix, ahead in zip(matrices, _ahead(matrices, options), strict=True)
+    ]
+    sizes = [math.sqrt(max(1.0, maps.shape[1] / maps.shape[2])) for maps in maps_KMN]
+    updates = [
+        update.view(weight.shape)
+        for update, weight in zip(_orthogonalised(maps_KMN, options.dtype), weights, strict=True)
+    ]
+    torch._foreach_mul_(updates, sizes)
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_sub_(weights, updates)
 
 
-def _ahead(matrices: list[Matrix], options: MuonOptions) -> list[Tensor]:
+def _orthogonalised(maps_KMN: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`orthogonalise` of each, as one batch those that have the same shape or its transpose."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, maps in enumerate(maps_KMN):
+        alike.setdefault(tuple(sorted(maps.shape[1:])), []).append(i)
+    out = list(maps_KMN)
+    for indices in alike.values():
+        tall = [maps_KMN[i].shape[1] > maps_KMN[i].shape[2] for i in indices]
+        turned = [maps_KMN[i].mT if t else maps_KMN[i] for i, t in zip(indices, tall, strict=True)]
+        together = orthogonalise(torch.cat(turned), dtype)
+        parts = torch.split(together, [len(maps) for maps in turned])
+        for i, t, part in zip(indices, tall, parts, strict=True):
+            out[i] = part.mT.contiguous() if t else part
+    return out
+
+
+def _ahead(matrices: Sequence[Matrix], options: MuonOptions) -> list[Tensor]:
     """The gradients with Nesterov momentum."""
     momenta = [matrix.momentum for matrix in matrices]
     gradients = [matrix.gradient for matrix in matrices]
     if options.found_inf is not None:  # then a momentum draws near to itself, and stays
-        bad = options.found_inf > 0
-        pairs = zip(momenta, gradients, strict=True)
-        gradients = [torch.where(bad, m, g) for m, g in pairs]
+        all_m, all_g = (torch.cat([x.flatten() for x in xs]) for xs in (momenta, gradients))
+        chosen = torch.where(options.found_inf > 0, all_m, all_g)
+        parts = torch.split(chosen, [m.numel() for m in momenta])
+        gradients = [part.view(m.shape) for part, m in zip(parts, momenta, strict=True)]
     torch._foreach_lerp_(momenta, gradients, 1 - options.momentum)
     return list(torch._foreach_lerp(gradients, momenta, options.momentum))

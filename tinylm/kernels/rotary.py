@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from tinylm.errors import InputError
-from tinylm.kernels.dispatch import implementation, torch_instead_of_compiled
+from tinylm.kernels.dispatch import (
+    at_most,
+    dtype_name,
+    implementation,
+    torch_instead,
+    torch_instead_of_compiled,
+)
 from tinylm.kernels.norm import rms_norm
 
 
@@ -39,7 +45,8 @@ def norm_rotary(
     """`rms_norm` of each head by its own weight, then `apply_rotary`; in the order (B, T, H, D).
 
     Args:
-        backend: ``"c++"`` or ``"separate"``: one after the other, each as it runs by itself.
+        backend: ``"triton"``, ``"c++"`` or ``"separate"``: one after the other, each as it runs by
+            itself.
 
     Raises:
         InputError: the tables are not of the T positions.
@@ -47,7 +54,15 @@ def norm_rotary(
     if len(cos_TD) != x_BTHD.shape[1]:
         positions = f"{x_BTHD.shape[1]} positions and tables of {len(cos_TD)}"
         raise InputError(f"norm_rotary of {positions}: these do not belong together")
-    if implementation("norm_rotary", x_BTHD.device, backend) == "c++":
+    name = implementation("norm_rotary", x_BTHD.device, backend, call_kind(x_BTHD))
+    if name == "triton":
+        from tinylm.kernels.triton import rotary as kernels
+
+        refusal = kernels.refusal(x_BTHD, weight_HD)
+        if refusal is None:
+            return kernels.norm_rotary(x_BTHD, weight_HD, cos_TD, sin_TD, eps)
+        torch_instead("norm_rotary", x_BTHD.device.type, refusal)
+    elif name == "c++":
         from tinylm.kernels.compiled import rotary as compiled
         from tinylm.kernels.compiled.common import numbers_refusal
 
@@ -59,6 +74,11 @@ def norm_rotary(
         torch_instead_of_compiled("norm_rotary", x_BTHD.device.type, refusal, backend)
     normed_BHTD = rms_norm(x_BTHD, weight_HD, eps=eps).transpose(1, 2)
     return apply_rotary(normed_BHTD, cos_TD, sin_TD).transpose(1, 2)
+
+
+def call_kind(x_BTHD: Tensor) -> str:
+    """What the time of a `norm_rotary` hangs on, for `tinylm.kernels.dispatch.select`."""
+    return f"{dtype_name(x_BTHD.dtype)}, {at_most('D', x_BTHD.shape[-1], 32, 64, 256)}"
 
 
 class _Rotary(torch.autograd.Function):
