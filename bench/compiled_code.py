@@ -24,6 +24,10 @@ PARTS = {
     "tinylm_attention_combine": "combining",
     "tinylm_norm_forward": "forward",
     "tinylm_norm_backward": "backward",
+    "tinylm_norm_rotary_forward": "forward",
+    "tinylm_norm_rotary_backward": "backward",
+    "tinylm_swiglu_forward": "forward",
+    "tinylm_swiglu_backward": "backward",
     "tinylm_linear_cross_entropy_forward": "loss, dh",
     "tinylm_linear_cross_entropy_dweight": "dweight",
 }

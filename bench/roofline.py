@@ -21,8 +21,8 @@ CHUNKED_LOGIT = 2 + 6 + 4 + 8 + 8 + 4 + 8 + 6 + 4
 # Bytes per element or parameter, forward and backward: in plain torch (fp16 in and out, fp32
 # inside; the stream that norms read is fp32), counted pass by pass; with the kernels there are;
 # and if one kernel did it all, which reads and writes each tensor once.
-QK_NORM_ROTARY = 32 + 82 + 2 * 18, 56 + 2 * 18, 4 + 6
-SWIGLU = 10 + 26, 10 + 26, 6 + 10
+QK_NORM_ROTARY = 32 + 82 + 2 * 18, 4 + 6, 4 + 6
+SWIGLU = 10 + 26, 6 + 10, 6 + 10
 NORM_RESIDUAL = 20 + 64 + 24, 8 + 12 + 24, 8 + 12 + 24
 OPTIMIZER = 6 + 4 + 8 + 8 + 28, 6 + 4 + 8 + 8 + 28, 4 + 30
 
