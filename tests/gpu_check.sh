@@ -29,8 +29,9 @@ step tests "$PYTHON" -m pytest -m gpu -v tests
 if command -v compute-sanitizer > /dev/null; then
   # torch's allocator hands out parts of large blocks, in which reading too far would not show.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 TRITON_INTERPRET=0 CUBLAS_WORKSPACE_CONFIG=:4096:8
-  suite="tests/triton_attention.py tests/triton_norm.py tests/triton_cross_entropy.py"
-  chosen="test_attention or test_norm or test_linear"
+  suite="tests/triton_attention.py tests/triton_norm.py tests/triton_rotary.py"
+  suite+=" tests/triton_swiglu.py tests/triton_cross_entropy.py"
+  chosen="test_attention or test_norm or test_swiglu or test_linear"
   for tool in memcheck racecheck; do
     step "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$PYTHON" -m pytest -q -x -p no:cacheprovider $suite -k "$chosen"
