@@ -20,8 +20,8 @@ constexpr float kLeastSum = 1e-20f, kLargestSum = 1e20f;
 
 std::size_t rounded_up(std::size_t n, std::size_t step) { return (n + step - 1) / step * step; }
 
-// Memory that is written before it is read, on huge pages: on others, a third of the time went to
-// finding where these megabytes are.
+// Memory that is written before it is read, on huge pages: on others, most of a quarter of the
+// time went to finding where these megabytes are.
 template <class T>
 using Memory = std::vector<T, UninitializedAllocator<T>>;
 

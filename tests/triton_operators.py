@@ -20,7 +20,7 @@ from triton_inputs import (
     WARNINGS,
     assert_close,
     fp64,
-    poisoned_and_never_falling_back,  # noqa: F401
+    poisoned_and_never_falling_back,  # noqa: F401  # a fixture, which pytest uses
     randn,
 )
 

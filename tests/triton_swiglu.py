@@ -11,7 +11,7 @@ from triton_inputs import (
     assert_close,
     assert_same_gradients,
     fp64,
-    poisoned_and_never_falling_back,  # noqa: F401
+    poisoned_and_never_falling_back,  # noqa: F401  # a fixture, which pytest uses
     randn,
 )
 

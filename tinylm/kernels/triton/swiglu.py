@@ -1,6 +1,8 @@
-"""SwiGLU (Shazeer 2020) in one pass, with s = sigmoid(gate):
+"""SwiGLU (Shazeer 2020) in one pass.
 
-out = gate s value      dvalue = dout gate s      dgate = dout value s (1 + gate (1 - s))
+    out = gate s value      dvalue = dout gate s      dgate = dout value s (1 + gate (1 - s))
+
+with s = sigmoid(gate). Only the input is kept for the gradient.
 """
 
 from typing import Any
