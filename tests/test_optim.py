@@ -42,6 +42,15 @@ def test_muon_sees_stacked_matrices_apart() -> None:
     torch.testing.assert_close(stacked.detach(), torch.cat([p.detach() for p in apart]))
 
 
+def test_gradients_may_lie_in_memory_as_they_like() -> None:
+    plain, turned = (torch.nn.Parameter(torch.zeros(12, 4)) for _ in range(2))
+    plain.grad = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    turned.grad = plain.grad.T.contiguous().T
+    for p in (plain, turned):
+        Muon([(p, 3)], lr=0.1).step()
+    torch.testing.assert_close(plain, turned)
+
+
 def test_equal_shapes_are_orthogonalised_as_if_alone() -> None:
     shapes = [(12, 4), (6, 4), (12, 4), (4, 4), (8, 3)]  # of the last, two maps turned
     generator = torch.Generator().manual_seed(0)

@@ -80,7 +80,7 @@ def _step_in_torch(matrices: Sequence[Matrix], options: MuonOptions) -> None:
     if options.weight_decay:
         torch._foreach_mul_(weights, 1 - lr * options.weight_decay)
     maps_KMN = [
-        ahead.view(matrix.stacked, -1, ahead.shape[1])
+        ahead.reshape(matrix.stacked, -1, ahead.shape[1])
         for matrix, ahead in zip(matrices, _ahead(matrices, options), strict=True)
     ]
     sizes = [math.sqrt(max(1.0, maps.shape[1] / maps.shape[2])) for maps in maps_KMN]
