@@ -39,12 +39,13 @@ class MetricsFile:
         """All whole records; a line cut short by a kill, or damaged, is left out."""
         if not self.path.exists():
             return
-        with open(self.path, encoding="utf-8", errors="replace") as file:
+        # As bytes: text that grows while it is read would be decoded in the middle of a character.
+        with open(self.path, "rb") as file:
             for line in file:
-                if not line.endswith("\n"):  # being written: the file would go on in its middle
+                if not line.endswith(b"\n"):  # being written: the file would go on in its middle
                     return
                 with suppress(ValueError):  # never written to its end
-                    record = json.loads(line)
+                    record = json.loads(line.decode("utf-8", "replace"))
                     if isinstance(record, dict) and isinstance(record.get("step"), int):
                         yield record
 
